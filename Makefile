@@ -1,0 +1,56 @@
+# `make help` lists the targets. Needs GNU make, bash, a C compiler and Python 3.11; everything else
+# goes into .venv with plain pip.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+
+# Without a working GPU, pip gets the exact versions that CI runs, a CPU build of torch among them.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
+
+# $(call stage,NAME) COMMANDS: say what starts and, however it ends, how long it took.
+stage = echo "==> $(1)"; trap 'echo "    $(1): $$SECONDS s"' EXIT;
+
+.PHONY: help install quickstart test check format clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+
+install: $(INSTALLED) ## create .venv with all that the other targets need
+
+quickstart: $(INSTALLED) ## a tiny mixture-of-experts model learns arithmetic: about 5 minutes on 2 cores
+	@$(call stage,quickstart) $(PYTHON) examples/quickstart.py
+
+# One thread per process: tests that start ranks and servers share the cores among them.
+test: export OMP_NUM_THREADS := 1
+test: $(INSTALLED) ## all tests; PYTEST_ARGS="-k packing" selects
+	@$(call stage,tests) $(PYTHON) -m pytest -q --durations=15 --durations-min=1 $(PYTEST_ARGS)
+
+check: $(INSTALLED) ## lint, formatting, types, import contracts
+	@$(call stage,lint) .venv/bin/ruff check --quiet
+	@$(call stage,formatting) .venv/bin/ruff format --check --quiet || { echo "run: make format"; exit 1; }
+	@$(call stage,types) .venv/bin/pyrefly check --summary=none
+	@$(call stage,import contracts) .venv/bin/lint-imports --no-logo
+
+format: $(INSTALLED) ## rewrite the sources in the one format
+	@.venv/bin/ruff check --quiet --fix --select I
+	@.venv/bin/ruff format --quiet
+
+clean: ## remove .venv and everything the tools left behind; runs/ stays
+	rm -rf .venv dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last, so an interrupted installation is taken up again.
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(BASE_PYTHON) is not Python >= 3.11: make BASE_PYTHON=/path/to/python3.11"; exit 1; }
+	@$(call stage,installing into .venv ($(if $(HAS_GPU),GPU,CPU))) \
+		test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv; \
+		$(PYTHON) -m pip install -qq --disable-pip-version-check --progress-bar off \
+			$(CONSTRAINTS) --editable '.[dev]'; \
+		touch $@

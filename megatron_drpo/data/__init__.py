@@ -1,0 +1,1 @@
+"""Prompts: from a JSONL file to seeded batches with a resumable cursor."""

@@ -1,0 +1,191 @@
+"""Reading prompt files: one JSON object per line, and what is wrong with a line that is not one.
+
+Fields of a line: `prompt` (text) or `messages` (chat), `answer` (text or number), `response` (text, the
+demonstration of `train.mode=sft`); every other field is kept as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_drpo.config import DataConfig, Mode, OnBadLine
+
+MAX_PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLine:
+    """One valid line. Exactly one of `prompt` and `messages` is given."""
+
+    index: int
+    """Line number from 0, blank lines counted."""
+    prompt: str | None
+    messages: list[dict[str, Any]] | None
+    answer: str | None
+    response: str | None
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadLine:
+    """One broken line."""
+
+    index: int
+    problem: str
+    """What was expected and what was found."""
+
+
+class _Problem(ValueError):
+    """What is wrong with the line being parsed."""
+
+
+def read_lines(path: str | Path, mode: Mode, *, needs_answer: bool = False) -> Iterator[PromptLine | BadLine]:
+    """Every line that is not blank, parsed.
+
+    A byte order mark and Windows line ends are accepted.
+
+    Args:
+        mode: with `sft` each line must have a `response`.
+        needs_answer: whether each line must have an `answer`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        for index, raw in enumerate(file):
+            try:
+                text = raw.decode("utf-8-sig" if index == 0 else "utf-8").strip()
+                if text:
+                    yield _parse_line(index, text, mode, needs_answer)
+            except UnicodeDecodeError as error:
+                yield BadLine(index=index, problem=f"expected UTF-8 text, found {error.reason}")
+            except _Problem as problem:
+                yield BadLine(index=index, problem=str(problem))
+
+
+def describe_bad_line(path: str | Path, line: BadLine) -> str:
+    """The problem of a line in words, with the line number as editors count, from 1."""
+    return f"{path} line {line.index + 1}: {line.problem}"
+
+
+def check_prompt_file(
+    path: str | Path, config: DataConfig, mode: Mode, *, needs_answer: bool = False
+) -> list[str]:
+    """Problems of a prompt file in words, one sentence each; empty if the file can be used.
+
+    Needs no tokenizer, so that it can run before anything starts. With `data.on_bad_line=skip` broken lines
+    are no problem as long as one line is good. Arguments as for `read_lines`.
+    """
+    if not Path(path).is_file():
+        return [f"{path}: no such file; expected a JSONL file of prompts"]
+    num_good = 0
+    bad_lines: list[BadLine] = []
+    try:
+        for line in read_lines(path, mode, needs_answer=needs_answer):
+            if isinstance(line, BadLine):
+                bad_lines.append(line)
+            else:
+                num_good += 1
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    if num_good == 0 and not bad_lines:
+        return [f"{path}: the file is empty; expected one JSON object per line"]
+    if num_good > 0 and config.on_bad_line is OnBadLine.skip:
+        return []
+    problems = [describe_bad_line(path, line) for line in bad_lines[:MAX_PROBLEMS_SHOWN]]
+    if len(bad_lines) > MAX_PROBLEMS_SHOWN:
+        total = len(bad_lines) + num_good
+        problems.append(f"{path}: {len(bad_lines)} of {total} lines are broken; the first are listed above")
+    return problems
+
+
+def _parse_line(index: int, text: str, mode: Mode, needs_answer: bool) -> PromptLine:
+    fields = _parse_object(text)
+    prompt, messages = _take_text(fields, "prompt"), _take_messages(fields)
+    if (prompt is None) == (messages is None):
+        found = "neither" if prompt is None else "both"
+        raise _Problem(f"expected either `prompt` (text) or `messages` (a chat), found {found}")
+    line = PromptLine(
+        index=index,
+        prompt=prompt,
+        messages=messages,
+        answer=_take_answer(fields),
+        response=_take_text(fields, "response"),
+        metadata=fields,
+    )
+    if mode is Mode.sft and line.response is None:
+        raise _Problem("expected a `response` to learn from (train.mode=sft), found none")
+    if needs_answer and line.answer is None:
+        raise _Problem("expected an `answer` for the reward, found none")
+    return line
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        found = f"invalid JSON: {error.msg} at column {error.colno}"
+        raise _Problem(f"expected a JSON object, found {found}") from None
+    except RecursionError:
+        raise _Problem("expected a JSON object, found one nested too deeply") from None
+    if not isinstance(value, dict):
+        raise _Problem(f"expected a JSON object, found {_json_type(value)}")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Problem(f"expected a JSON object, found {name}, which is not JSON")
+
+
+def _take_text(fields: dict[str, Any], name: str) -> str | None:
+    """Remove and return a text field; None if it is absent or null."""
+    value = fields.pop(name, None)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _Problem(f"expected `{name}` to be text, found {_json_type(value)}")
+    if not value.strip():
+        raise _Problem(f"expected `{name}` to be text, found an empty string")
+    return value
+
+
+def _take_answer(fields: dict[str, Any]) -> str | None:
+    value = fields.pop("answer", None)
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f")  # 1e-05 is no number to a reader of mathematics
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    found = "an empty string" if isinstance(value, str) else _json_type(value)
+    raise _Problem(f"expected `answer` to be text or a number, found {found}")
+
+
+def _take_messages(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
+    messages = fields.pop("messages", None)
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if messages == [] else _json_type(messages)
+        raise _Problem(f"expected `messages` to be a list of chat messages, found {found}")
+    for number, message in enumerate(messages):
+        texts = (message.get("role"), message.get("content")) if isinstance(message, dict) else ()
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise _Problem(f"expected messages[{number}] to have `role` and `content`, both text")
+    return messages
+
+
+def _json_type(value: object) -> str:
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return names.get(type(value), "a number")

@@ -1,0 +1,368 @@
+"""Hugging Face model folders: config.json, tokenizer and safetensors, read lazily and written in a stream.
+
+No Megatron and no transformers here. The safetensors format (8 bytes of header length, a JSON header, the
+data): https://github.com/huggingface/safetensors#format. The index of a sharded folder:
+https://huggingface.co/docs/transformers/big_models#sharded-checkpoints.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_drpo.errors import ModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+"""What `HfWriter` takes over from its source folder, as glob patterns."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+T = TypeVar("T", bool, int, float, str)
+
+
+class HfConfig:
+    """Typed access to a config.json; a missing or mistyped key is a ModelError naming file and key."""
+
+    def __init__(self, values: Mapping[str, object], source: str) -> None:
+        """
+        Args:
+            values: the parsed JSON object.
+            source: the file it came from, for messages.
+        """
+        self._values = values
+        self.source = source
+
+    def has(self, *keys: str) -> bool:
+        """Whether all keys are present; JSON null counts as absent, as in transformers."""
+        return all(self._values.get(key) is not None for key in keys)
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """The value of `key`; an absent one is `default`, or an error without a default."""
+        value = self._values.get(key)
+        if value is None:
+            if default is None:
+                raise ModelError(f"{self.source}: {key!r} is missing")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ModelError(f"{self.source}: {key!r} is {value!r}, expected {kind.__name__}")
+        return value
+
+    def get_ints(self, key: str) -> list[int]:
+        """The list of integers at `key`; empty when absent."""
+        value = self._values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise ModelError(f"{self.source}: {key!r} is {value!r}, expected a list of integers")
+        return value
+
+    def section(self, key: str) -> "HfConfig":
+        """The JSON object at `key`."""
+        value = self._values.get(key)
+        if not isinstance(value, dict):
+            raise ModelError(f"{self.source}: {key!r} is {value!r}, expected an object")
+        return HfConfig(value, f"{self.source}: {key}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HfFolder:
+    """A complete HF folder opened for reading.
+
+    Opening reads config.json, the index and the header of every shard; tensor bytes are read on demand.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """
+        Raises:
+            ModelError: the folder cannot be used; names every problem found.
+        """
+        self.path = Path(path)
+        problems, config, tensors = _scan(self.path)
+        if problems:
+            raise ModelError("\n".join(problems))
+        self.config = config
+        self._tensors = tensors
+        self._open_shards: dict[str, Any] = {}
+
+    def keys(self) -> Iterable[str]:
+        """Names of all tensors, in file order."""
+        return self._tensors.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and shard of a tensor, from the headers alone."""
+        if name not in self._tensors:
+            raise ModelError(f"{self.path}: no tensor {name!r}")
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.info(name).dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU."""
+        return self._shard_of(name).get_tensor(name)
+
+    def get_slice(self, name: str, *index: slice) -> torch.Tensor:
+        """The part of a tensor selected by one slice per leading dimension; only its bytes are read."""
+        return self._shard_of(name).get_slice(name)[index]
+
+    def _shard_of(self, name: str) -> Any:
+        shard = self.info(name).shard
+        if shard not in self._open_shards:
+            self._open_shards[shard] = safe_open(self.path / shard, framework="pt", device="cpu")
+        return self._open_shards[shard]
+
+
+def check_hf_folder(path: str | Path) -> list[str]:
+    """Everything that makes a folder unusable, one sentence each; empty when it is complete.
+
+    Finds a missing or unreadable config.json, no weights, missing and truncated shards, and tensors that
+    the index lists but their shard lacks. Reads headers only.
+    """
+    return _scan(Path(path))[0]
+
+
+# ------------------------------------------------------------------------------------------- scanning
+
+_Scan = tuple[list[str], HfConfig, dict[str, TensorInfo]]
+
+
+def _scan(path: Path) -> _Scan:
+    empty = HfConfig({}, str(path / "config.json"))
+    if not path.is_dir():
+        return [f"{path}: no such folder; give a Hugging Face model folder"], empty, {}
+    problems: list[str] = []
+    config = empty
+    try:
+        config = HfConfig(_read_json_object(path / "config.json"), empty.source)
+    except ModelError as error:
+        problems.append(str(error))
+    try:
+        listed = _listed_shards(path)
+    except ModelError as error:
+        return [*problems, str(error)], config, {}
+    tensors: dict[str, TensorInfo] = {}
+    for shard, names in listed.items():
+        try:
+            found = _read_header(path / shard)
+        except ModelError as error:
+            problems.append(str(error))
+            continue
+        problems.extend(
+            f"{path / shard}: tensor {name!r} is listed in {INDEX_FILE} but absent here"
+            for name in names
+            if name not in found
+        )
+        tensors.update(found)
+    return problems, config, tensors
+
+
+def _listed_shards(path: Path) -> dict[str, list[str]]:
+    """Shard file -> the tensors that the index says it has (none listed for a single file)."""
+    if (path / SINGLE_FILE).is_file():  # takes precedence, as in transformers
+        return {SINGLE_FILE: []}
+    if (path / INDEX_FILE).is_file():
+        weight_map = _read_json_object(path / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{path / INDEX_FILE}: no 'weight_map'")
+        shards: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            shards.setdefault(shard, []).append(name)
+        return shards
+    raise ModelError(f"{path}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_json_object(file: Path) -> dict[str, object]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: expected a JSON object")
+    return values
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, after checking that all their bytes are there."""
+    if not file.is_file():
+        raise ModelError(f"{file}: shard is missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + header_size > size:
+            raise ModelError(
+                f"{file}: truncated, or not a safetensors file: {size} bytes do not hold the header"
+            )
+        try:
+            header = json.loads(stream.read(header_size))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file}: not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        word = "truncated" if size < expected else "damaged"
+        raise ModelError(f"{file}: {word}: {size} bytes, the header announces {expected}")
+    unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
+    if unknown:
+        raise ModelError(f"{file}: unsupported dtypes {unknown}")
+    return {
+        name: TensorInfo(file.name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        for name, entry in header.items()
+    }
+
+
+# -------------------------------------------------------------------------------------------- writing
+
+
+class HfWriter:
+    """Writes an HF folder tensor by tensor, holding at most one shard in memory.
+
+    Everything goes into a hidden sibling folder that gets the final name when the `with` block ends well;
+    after an error or a crash the final name is untouched. One file if all fits into one shard, otherwise
+    numbered shards and an index.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        source: str | Path,
+        max_shard_bytes: int = 2 * 10**9,
+        metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """
+        Args:
+            path: the folder to create.
+            source: the HF folder whose config and tokenizer files are copied.
+            max_shard_bytes: a shard is closed before it would exceed this; one larger tensor stays alone.
+            metadata: further string pairs for the header of each file.
+            overwrite: replace an existing folder, at the end.
+        """
+        self.path = Path(path)
+        self._source = Path(source)
+        self._max_shard_bytes = max_shard_bytes
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._overwrite = overwrite
+        self._folder = self.path.with_name(f".{self.path.name}.partial")
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self._overwrite:
+            raise ModelError(f"{self.path}: exists already; remove it or choose another folder")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        for pattern in COPIED_FILES:
+            for file in self._source.glob(pattern):
+                shutil.copyfile(file, self._folder / file.name)
+        return self
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor of any device; its present values are copied."""
+        if name in self._names:
+            raise ModelError(f"{self.path}: tensor {name!r} was already written")
+        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
+            self._write_shard()
+        self._names.add(name)
+        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += tensor.nbytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._write_shard()
+                self._name_shards()
+                self._publish()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _shard_path(self, number: int) -> Path:
+        return self._folder / f"model-{number:05d}.safetensors"
+
+    def _write_shard(self) -> None:
+        self._shards.append(list(self._pending))
+        save_file(self._pending, self._shard_path(len(self._shards)), metadata=self._metadata)
+        self._total_bytes += self._pending_bytes
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def _name_shards(self) -> None:
+        """Final file names hold the number of shards, which is known only now."""
+        count = len(self._shards)
+        if count == 1:
+            self._shard_path(1).rename(self._folder / SINGLE_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._shard_path(number).rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+    def _publish(self) -> None:
+        if not self.path.exists():
+            self._folder.rename(self.path)
+            return
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        self.path.rename(replaced)
+        self._folder.rename(self.path)
+        shutil.rmtree(replaced)

@@ -1,0 +1,69 @@
+"""From per-token losses to one number: the weight of each token in the loss of a global batch.
+
+The loss is sum_t token_weights_t * loss_t over all tokens of the global batch on all data-parallel ranks.
+The weights carry the whole normalisation, so the sum may be split over micro-batches, ranks and
+sequences in any way.
+
+    R  sampled response tokens of a sequence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_drpo.config import Aggregation
+from megatron_drpo.types import TrainSequence
+
+
+def count_loss(sequences: Sequence[TrainSequence]) -> tuple[int, int]:
+    """(loss tokens, sequences with at least one loss token): summed over the data-parallel ranks, these are
+    the two counts that `compute_token_weights` takes."""
+    counts = [int(sequence.loss_mask.sum()) for sequence in sequences]
+    return sum(counts), sum(count > 0 for count in counts)
+
+
+def compute_token_weights(
+    sequences: Sequence[TrainSequence],
+    aggregation: Aggregation,
+    *,
+    num_loss_tokens: int,
+    num_sequences: int,
+    horizon_tokens: int,
+) -> list[Float[Tensor, " R"]]:
+    """The weight of each response token in the loss of its global batch.
+
+    With m_it the loss mask of token t of sequence i, n_i = sum_t m_it, and both counts global:
+
+        token_mean                 sum_it m_it loss_it / num_loss_tokens
+        sequence_mean_token_mean   1 / num_sequences * sum_i (1 / n_i) sum_t m_it loss_it
+        sequence_mean_token_sum    1 / num_sequences * sum_i (1 / horizon_tokens) sum_t m_it loss_it
+
+    The last is DRPO's (arXiv 2606.09821, horizon 8192). A sequence whose tokens are all masked contributes
+    zero and is not counted in num_sequences. With no loss token at all, every weight is 0.
+
+    Args:
+        sequences: this rank's share of the global batch, or any part of it.
+        num_loss_tokens: over the whole global batch on all data-parallel ranks, see `count_loss`.
+        num_sequences: likewise; sequences with at least one loss token.
+        horizon_tokens: divisor of sequence_mean_token_sum.
+
+    Returns:
+        float32 [R] per sequence; 0 where loss_mask is False.
+    """
+    weights: list[Tensor] = []
+    for sequence in sequences:
+        mask_R = sequence.loss_mask
+        match aggregation:
+            case Aggregation.token_mean:
+                divisor = num_loss_tokens
+            case Aggregation.sequence_mean_token_mean:
+                divisor = num_sequences * int(mask_R.sum())
+            case Aggregation.sequence_mean_token_sum:
+                divisor = num_sequences * horizon_tokens
+        # The divisor is 0 only where the mask is empty; float64 so that the division rounds once.
+        weights.append((mask_R.to(torch.float64) / max(divisor, 1)).to(torch.float32))
+    return weights

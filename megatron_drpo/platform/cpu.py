@@ -1,0 +1,264 @@
+"""Megatron-Core on a machine without a GPU: for correctness, debugging and CI, never for speed.
+
+Megatron-Core calls `torch.cuda` in its schedules, optimizers and checkpoints. `CpuPlatform.prepare` gives
+those calls a CPU meaning. It is called explicitly, once per process, and only on this platform; every
+replacement is listed here with its upstream source, and tests/unit/platform/test_cpu.py has one test each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._device import _device_constructors
+
+from megatron_drpo.config import PlatformName
+from megatron_drpo.errors import PlatformError
+from megatron_drpo.platform.versions import installed_version, require, require_supported
+
+_PROVEN_MEGATRON = ">=0.16.1,<0.20"
+_prepared = False
+
+
+class CpuPlatform:
+    """gloo between ranks, torch's own optimizer, our own norm and attention in the layer spec."""
+
+    name = PlatformName.cpu
+    backend = "gloo"
+
+    def prepare(self, local_rank: int) -> torch.device:
+        global _prepared
+        if not _prepared:
+            require_supported()
+            require("megatron-core", _PROVEN_MEGATRON, "CPU platform")
+            require("psutil", ">=5", "megatron-core's checkpoint writer")
+            if torch.cuda.is_available():
+                raise PlatformError(
+                    "platform=cpu on a machine with a GPU: hide it (CUDA_VISIBLE_DEVICES='') so that "
+                    "torch.cuda calls cannot reach it"
+                )
+            _disable_compilation()
+            _replace_cuda_runtime()
+            _replace_tensor_methods()
+            _replace_factories()
+            _replace_all_to_all()
+            _replace_megatron_functions()
+            _prepared = True
+        return torch.device("cpu")
+
+    def describe(self) -> list[tuple[str, str]]:
+        threads = torch.get_num_threads()
+        return [
+            ("device", f"CPU, {os.cpu_count()} cores, {threads} thread(s) per rank, gloo"),
+            ("layers", f"megatron-core {installed_version('megatron-core')} local, torch SDPA attention"),
+            ("optimizer", "torch AdamW, distributed"),
+            ("gradient accumulation", "torch"),
+        ]
+
+
+class _Stream:
+    """A CUDA stream on a machine where everything is already in order."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def wait_stream(self, _: object) -> None: ...
+
+    def wait_event(self, _: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def record(self, *_: object) -> None: ...
+
+    def wait(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _disable_compilation() -> None:
+    """Megatron's jit_fuser is torch.compile: here it would call a C++ compiler for three-line functions.
+
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/jit.py
+    """
+    # It registers torch.cuda's functions by identity when it is imported: before they are replaced.
+    import torch._dynamo
+
+    torch.compiler.set_stance("force_eager")
+
+
+def _replace_cuda_runtime() -> None:
+    """torch.cuda's device, streams and RNG.
+
+    Used by megatron/core/{parallel_state,pipeline_parallel,optimizer,tensor_parallel/random}.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/tensor_parallel/random.py
+    """
+
+    def nothing(*_: object, **__: object) -> None:
+        return None
+
+    def get_rng_state(*_: object, **__: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+        torch.set_rng_state(state)
+
+    def call_now(function: Callable[[], None], **_: object) -> None:
+        function()
+
+    def new_stream(*_: object, **__: object) -> _Stream:
+        return _Stream()
+
+    def stream_context(_: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    replacements: dict[str, Any] = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": new_stream,
+        "default_stream": new_stream,
+        "stream": stream_context,
+        "current_device": lambda: torch.device("cpu"),
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "manual_seed": torch.manual_seed,
+        "_lazy_call": call_now,
+        "default_generators": {torch.device("cpu"): torch.default_generator},
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    torch.cuda.random.get_rng_state = get_rng_state
+
+
+def _replace_tensor_methods() -> None:
+    """Tensor.cuda, Tensor.record_stream, and the type names the distributed optimizer compares.
+
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/optimizer/distrib_optimizer.py#L361
+    """
+    original_type = torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return self
+
+    def record_stream(self: torch.Tensor, _: object) -> None:
+        return None
+
+    @functools.wraps(original_type)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    setattr(torch.Tensor, "cuda", cuda)  # noqa: B010  a method of the same name exists
+    setattr(torch.Tensor, "record_stream", record_stream)  # noqa: B010
+    setattr(torch.Tensor, "type", type_)  # noqa: B010
+
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
+
+
+def _replace_factories() -> None:
+    """`device="cuda"` in factory calls becomes "cpu".
+
+    Only these functions are wrapped: a TorchFunctionMode would double the cost of every torch call.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/pipeline_parallel/schedules.py#L596
+    """
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    # `with torch.device(...)` knows factories by identity, in a set it builds on first use: before, not after.
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _replace_all_to_all() -> None:
+    """gloo's all_to_all_single takes split sizes as lists; the MoE dispatcher passes tensors.
+
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/tensor_parallel/mappings.py
+    """
+    original = dist.all_to_all_single
+
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+    @functools.wraps(original)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        return original(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), group, async_op
+        )
+
+    dist.all_to_all_single = all_to_all_single
+
+
+def _replace_megatron_functions() -> None:
+    """Names inside megatron.core itself."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    # Imported by name from torch.cuda when megatron loads, possibly before prepare().
+    setattr(megatron_random, "_lazy_call", torch.cuda._lazy_call)  # noqa: B010
+    # Undefined without Transformer Engine in 0.16.1, though read on the plain path; defined in later releases.
+    # https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/transformer/moe/moe_utils.py
+    if not hasattr(moe_utils, "te_general_gemm"):
+        setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
+    _write_checkpoints_in_process(writer)
+
+
+def _write_checkpoints_in_process(writer: Any) -> None:
+    """Checkpoint files are written by the rank itself.
+
+    Upstream forks writers and starts a manager process for their results; a fork of a process that runs
+    gloo's threads can hang, and the manager outlives a killed rank.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/dist_checkpointing/strategies/filesystem_async.py
+    """
+    results: queue.Queue[Any] = queue.Queue()
+
+    def write(transforms: Any, use_msc: bool, rank: int, buckets: Any, global_results: queue.Queue[Any]) -> None:
+        local_results: queue.Queue[Any] = queue.Queue()
+        pending: queue.Queue[int] = queue.Queue()
+        for index, bucket in enumerate(buckets):
+            pending.put(index)
+            writer.FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, local_results, pending, True, use_msc=use_msc
+            )
+        outcomes = dict(local_results.get() for _ in buckets)
+        failure = next((o for o in outcomes.values() if isinstance(o, Exception)), None)
+        global_results.put(failure or outcomes)
+
+    writer._get_write_results_queue = lambda: results
+    writer.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)

@@ -1,0 +1,1 @@
+"""The policy on Megatron-Core: process groups, model, schedules, optimizer, logprobs."""

@@ -1,0 +1,203 @@
+"""From an HF architecture and this run's layout to Megatron's model chunks."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_drpo.config import Config, Dtype, PlatformName, Recompute
+from megatron_drpo.errors import ConfigError
+from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.platform import Platform
+from megatron_drpo.platform.cuda import has_fused_gradient_accumulation, has_transformer_engine
+from megatron_drpo.policy.layers import PackedAttention, RMSNorm
+
+_DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+# Megatron pads the vocabulary so that its shards have equal, GEMM-friendly sizes.
+_VOCABULARY_MULTIPLE = 128
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states: the logprob op applies the output layer itself,
+    chunk by chunk, so that no [tokens, vocabulary] tensor ever exists."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return hidden_states
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the LM head, [V_padded / tp, H]; the embedding's if tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_transformer_config(
+    config: Config, architecture: ArchitectureConfig, platform: Platform
+) -> TransformerConfig:
+    """Megatron's configuration of the model, the layout and the numerics, `megatron_overrides` last.
+
+    Raises:
+        ConfigError: Megatron refuses a combination of values.
+    """
+    parallel = config.parallel
+    interleaved = parallel.virtual_pipeline_parallel_size > 1
+    dtype = _DTYPES[config.policy.dtype]
+    on_cpu = platform.name is PlatformName.cpu
+    values: dict[str, Any] = dict(
+        **architecture.transformer_config_fields(),
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size if interleaved else None,
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.policy.dtype is Dtype.bf16,
+        use_cpu_initialization=on_cpu,
+        # Micro-batches are packed, so their lengths differ.
+        variable_seq_lengths=True,
+        # The default p2p of the interleaved schedule exchanges wrong tensors silently when lengths vary.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # The loss of a global batch is a plain sum: Megatron must not divide by micro-batches or replicas.
+        calculate_per_token_loss=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=not on_cpu and has_transformer_engine(),
+        gradient_accumulation_fusion=not on_cpu and has_fused_gradient_accumulation(),
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=not on_cpu and has_transformer_engine(),
+        attention_backend=AttnBackend.auto,
+        **_recompute_fields(config.policy.recompute),
+    )
+    values.update(config.policy.megatron_overrides)
+    try:
+        return TransformerConfig(**values)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron refuses this configuration: {error}") from error
+
+
+def check_megatron_overrides(overrides: dict[str, Any]) -> list[str]:
+    """Unknown names in policy.megatron_overrides, as sentences."""
+    known = [f.name for f in fields(TransformerConfig)]
+    problems = []
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"policy.megatron_overrides.{name}: not a field of TransformerConfig{hint}")
+    return problems
+
+
+def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
+    if recompute is Recompute.full:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute is Recompute.selective:
+        return {"recompute_granularity": "selective"}
+    return {}
+
+
+def build_block_spec(
+    config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """This rank's layers. Without Transformer Engine: megatron-core's local layers with our norm and
+    attention, under the global checkpoint keys that the Transformer Engine layers have."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if use_transformer_engine:
+        return spec
+    for layer in spec.layer_specs:
+        _use_own_modules(layer)
+    spec.layer_norm = RMSNorm
+    return spec
+
+
+def _use_own_modules(layer: ModuleSpec) -> None:
+    submodules = layer.submodules
+    attention = submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if attention.q_layernorm is not IdentityOp:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if submodules.mlp.module is not MoELayer:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    submodules.sharded_state_dict_keys_map = keys
+
+
+def padded_vocabulary_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """`vocab_size` rounded up to a multiple of 128 * tp."""
+    multiple = _VOCABULARY_MULTIPLE * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model_chunks(
+    config: TransformerConfig, architecture: ArchitectureConfig, platform: Platform, device: torch.device
+) -> list[PolicyModel]:
+    """This rank's part of the model, one chunk per virtual pipeline stage, weights not yet loaded."""
+    use_te = platform.name is PlatformName.cuda and has_transformer_engine()
+    model_parallel_cuda_manual_seed(0)  # weights are loaded afterwards; Megatron wants its RNG tracker seeded
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if virtual is None else list(range(virtual))
+    chunks = []
+    for vp_stage in stages:
+        where = {"ignore_virtual": False, "vp_stage": vp_stage}
+        chunk = PolicyModel(
+            config,
+            build_block_spec(config, use_transformer_engine=use_te, vp_stage=vp_stage),
+            vocab_size=padded_vocabulary_size(architecture.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def wrap_data_parallel(chunks: list[PolicyModel], config: TransformerConfig) -> list[DistributedDataParallel]:
+    """Mixed precision and Megatron's DDP: gradients in fp32 buffers, reduce-scattered over replicas."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(config, chunk) if config.bf16 else chunk
+        wrapped.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
+    return wrapped
+
+
+def unwrap(module: torch.nn.Module) -> PolicyModel:
+    """The bare model inside DDP and Float16Module."""
+    while not isinstance(module, PolicyModel):
+        module = module.module
+    return module

@@ -1,0 +1,1 @@
+"""Rewards: from a sampled response to a float, in worker processes."""

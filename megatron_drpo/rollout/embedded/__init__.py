@@ -1,0 +1,6 @@
+"""The embedded server: a subset of SGLang's native HTTP API on top of `transformers`, for machines without SGLang.
+
+Start it with `python -m megatron_drpo.rollout.embedded --model-path FOLDER --port 30000`. From the outside in:
+`app.py` HTTP, `protocol.py` what requests and responses look like, `generator.py` the decode loop,
+`runner.py` the model and its key/value cache, `sampling.py`, `weights.py`.
+"""

@@ -1,0 +1,66 @@
+"""One embedded server: model, generator and HTTP, put together."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import torch
+import uvicorn
+from transformers import PreTrainedModel
+
+from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.rollout.embedded.app import EmbeddedApp
+from megatron_drpo.rollout.embedded.generator import Generator
+from megatron_drpo.rollout.embedded.protocol import ModelLimits
+from megatron_drpo.rollout.embedded.runner import ModelRunner, load_model
+from megatron_drpo.rollout.embedded.weights import WeightStore
+
+
+class EmbeddedServer:
+    """Serves on a socket until told to exit, or until its generator fails."""
+
+    def __init__(
+        self,
+        *,
+        model_path: str | Path,
+        dtype: torch.dtype,
+        num_slots: int,
+        deterministic: bool,
+        weight_version: str = "0",
+    ) -> None:
+        model = load_model(model_path, dtype)
+        store = WeightStore(model, HfFolder(model_path).keys(), weight_version)
+        self.generator = Generator(
+            ModelRunner(model, num_slots),
+            store,
+            num_slots=num_slots,
+            deterministic=deterministic,
+            on_exit=self.stop,
+        )
+        app = EmbeddedApp(self.generator, store, _limits(model), str(model_path))
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(app.build(), log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        )
+
+    def serve(self, sock: socket.socket) -> None:
+        """Serve on a bound socket until `stop`, SIGINT or SIGTERM."""
+        self._uvicorn.run(sockets=[sock])
+        if self.generator.is_alive():
+            self.generator.close()
+
+    def stop(self) -> None:
+        """Make `serve` return; callable from any thread."""
+        self._uvicorn.should_exit = True
+
+
+def _limits(model: PreTrainedModel) -> ModelLimits:
+    assert model.generation_config is not None
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = []
+    return ModelLimits(
+        vocab_size=model.config.vocab_size,
+        max_tokens=model.config.max_position_embeddings,
+        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
+    )

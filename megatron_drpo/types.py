@@ -1,0 +1,124 @@
+"""The vocabulary of the training loop: what flows from a prompt file to an optimizer step.
+
+Dimensions used in names and comments:
+    P  prompts of one step         G  samples of one prompt (a group)
+    R  sampled response tokens     L  tokens of one sequence (prompt + response)
+    T  packed tokens of one micro-batch, padding included
+    S  packed sequences of one micro-batch, the padding sequence included
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # reward workers import this module: it must stay light
+    import torch
+    from jaxtyping import Bool, Float, Int
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    stop = "stop"
+    """The policy sampled a stop token."""
+    length = "length"
+    """The token limit was reached: the response is truncated."""
+    abort = "abort"
+    """The request was aborted; the response is incomplete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One line of a prompt file, rendered and tokenised."""
+
+    id: int
+    """Line number in the file, from 0: stable under shuffling, filtering and resume."""
+    text: str
+    """The rendered prompt, chat template applied."""
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    """Ground truth for the reward."""
+    response: str | None = None
+    """Demonstration for `train.mode=sft`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """All other fields of the line, as read."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollout:
+    """One sampled response to one prompt, as the engine reported it."""
+
+    prompt: Prompt
+    sample_index: int
+    """0 .. G-1 within the group."""
+    response_ids: list[int]
+    """[R] sampled token ids, the stop token included."""
+    rollout_logprobs: list[float]
+    """[R] log mu of each sampled token at the sampling temperature (natural log)."""
+    policy_versions: list[int]
+    """[R] version of the weights that sampled each token."""
+    finish_reason: FinishReason
+    text: str
+    """The response decoded, special tokens skipped."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutGroup:
+    """All G samples of one prompt."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainSequence:
+    """One sequence ready to be packed: what the loss needs of one rollout (or of one demonstration)."""
+
+    id: int
+    """Unique within a step; names the sequence in errors."""
+    token_ids: Int[torch.Tensor, " L"]
+    """int64, prompt then response."""
+    prompt_length: int
+    """Tokens of the prompt; L - prompt_length = R >= 1."""
+    advantages: Float[torch.Tensor, " R"]
+    """float32 per response token."""
+    rollout_logprobs: Float[torch.Tensor, " R"]
+    """float32 log mu per response token; zeros in sft mode."""
+    loss_mask: Bool[torch.Tensor, " R"]
+    """Response tokens that contribute to the loss."""
+
+    def __len__(self) -> int:
+        return int(self.token_ids.numel())
+
+
+@dataclass(slots=True, kw_only=True)
+class MicroBatch:
+    """Sequences packed end to end (THD), padded by one dummy sequence without loss.
+
+    Position t predicts token t+1 of its own sequence: labels_T, rollout_logprobs_T, advantages_T and
+    token_weights_T are aligned with the position that predicts, never with the token predicted.
+    The loss of a global batch is the plain sum of token_weights_T * loss_T over all its micro-batches on
+    all data-parallel ranks; token_weights_T carries the whole normalisation, and is 0 where there is no loss.
+    """
+
+    token_ids_T: Int[torch.Tensor, " T"]
+    position_ids_T: Int[torch.Tensor, " T"]
+    labels_T: Int[torch.Tensor, " T"]
+    """int64; 0 at positions that predict nothing."""
+    loss_mask_T: Bool[torch.Tensor, " T"]
+    rollout_logprobs_T: Float[torch.Tensor, " T"]
+    advantages_T: Float[torch.Tensor, " T"]
+    token_weights_T: Float[torch.Tensor, " T"]
+    cu_seqlens: Int[torch.Tensor, " S+1"]
+    """int32, first 0, last T."""
+    max_seqlen: int
+    sequence_ids: list[int]
+    """Ids of the real sequences, in packed order (the padding sequence has none)."""
+    prompt_lengths: list[int]
+    """Prompt tokens of each real sequence: what tells its response from its prompt when unpacking."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids_T.numel())
