@@ -38,7 +38,7 @@ def load_config(argv: list[str]) -> Config:
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(*problems, _first_line(error)) from None
+        raise ConfigError(*problems, f"{error.full_key}: {_first_line(error)}") from None
     if problems:
         raise ConfigError(*problems)
     return config
@@ -52,7 +52,9 @@ def to_yaml(config: Config) -> str:
 def _parse_arguments(argv: list[str]) -> dict[str, Any]:
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
-            raise ConfigError(f"argument {argument!r}: expected key.sub=value, for example train.num_steps=10")
+            raise ConfigError(
+                f"argument {argument!r}: expected key.sub=value, for example train.num_steps=10"
+            )
     try:
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(argv)))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -93,15 +95,16 @@ def _leaves(node: dict[str, Any], schema: type, prefix: str = "") -> Iterator[tu
 
 def _set(config: DictConfig, key: str, value: Any) -> str | None:
     """Set one leaf; the problem in words if that cannot be."""
-    known = list(_leaves(dataclasses.asdict(_unchecked()), Config))
-    if key not in (name for name, _ in known):
-        near = difflib.get_close_matches(key, [name for name, _ in known], n=1)
-        section = any(name.startswith(f"{key}.") for name, _ in known)
-        if section:
-            return f"{key}={value!r}: {key} is a section; set its keys, for example {key}.name=value"
+    known = [name for name, _ in _leaves(dataclasses.asdict(_unchecked()), Config)]
+    if key not in known:
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if inside:
+            return f"{key}={value!r}: {key} is a section; set its keys, for example {inside[0]}=..."
+        sections = {name.rpartition(".")[0] for name in known} - {""}
+        near = difflib.get_close_matches(key, [*sections, *known] if isinstance(value, dict) else known, n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     try:
-        OmegaConf.update(config, key, value, merge=False)
+        OmegaConf.update(config, key, value, merge=isinstance(value, dict))
     except OmegaConfBaseException as error:
         return f"{key}={value!r}: {_first_line(error)}"
     return None

@@ -56,3 +56,7 @@ class PlatformError(DrpoError, RuntimeError):
 
 class NumericsError(DrpoError, ArithmeticError):
     """A non-finite loss, gradient or logprob; names the rank and the place."""
+
+
+class RankError(DrpoError, RuntimeError):
+    """A training process stopped; it has already said why."""

@@ -3,7 +3,8 @@
 Pure functions. Response token j of a sequence that starts at packed position s is predicted at position
 s + prompt_length - 1 + j: whatever belongs to a response token is stored there ("the label shift").
 
-    R  sampled response tokens of a sequence     L  tokens of a sequence
+    R  sampled response tokens of a sequence (" _" in annotations: each sequence has its own)
+    L  tokens of a sequence
     T  packed tokens of one micro-batch          S  packed sequences of one micro-batch
 """
 
@@ -70,7 +71,7 @@ def _fill_emptiest(order: list[int], lengths: Sequence[int], num_bins: int) -> l
 
 def pack(
     sequences: Sequence[TrainSequence],
-    token_weights: Sequence[Float[Tensor, " R"]],
+    token_weights: Sequence[Float[Tensor, " _"]],
     *,
     pad_to_multiple: int,
 ) -> MicroBatch:
@@ -126,7 +127,7 @@ def dummy_micro_batch(pad_to_multiple: int) -> MicroBatch:
 
 def pack_global_batch(
     sequences: Sequence[TrainSequence],
-    token_weights: Sequence[Float[Tensor, " R"]],
+    token_weights: Sequence[Float[Tensor, " _"]],
     *,
     max_tokens: int,
     pad_to_multiple: int,
@@ -159,7 +160,7 @@ def pack_global_batch(
     return micro_batches + [dummy_micro_batch(pad_to_multiple) for _ in range(num_missing)]
 
 
-def unpack(values_T: Shaped[Tensor, " T"], micro_batch: MicroBatch) -> dict[int, Shaped[Tensor, " R"]]:
+def unpack(values_T: Shaped[Tensor, " T"], micro_batch: MicroBatch) -> dict[int, Shaped[Tensor, " _"]]:
     """Values per packed position -> sequence id -> values per response token; the inverse of `pack`."""
     responses = _response_slices(micro_batch)
     return {id_: values_T[part] for id_, part in zip(micro_batch.sequence_ids, responses, strict=True)}

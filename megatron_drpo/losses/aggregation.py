@@ -4,7 +4,7 @@ The loss is sum_t token_weights_t * loss_t over all tokens of the global batch o
 The weights carry the whole normalisation, so the sum may be split over micro-batches, ranks and
 sequences in any way.
 
-    R  sampled response tokens of a sequence
+    R  sampled response tokens of a sequence (" _" in annotations: each sequence has its own)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def compute_token_weights(
     num_loss_tokens: int,
     num_sequences: int,
     horizon_tokens: int,
-) -> list[Float[Tensor, " R"]]:
+) -> list[Float[Tensor, " _"]]:
     """The weight of each response token in the loss of its global batch.
 
     With m_it the loss mask of token t of sequence i, n_i = sum_t m_it, and both counts global:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +25,7 @@ class DrpoLoss(Loss):
     """Bound on |pi - mu|, which itself never exceeds 1."""
 
     @classmethod
-    def from_config(cls, config: LossConfig) -> Self:
+    def from_config(cls, config: LossConfig) -> DrpoLoss:
         return cls(delta=config.delta)
 
     def value(
@@ -66,4 +65,3 @@ class DrpoLoss(Loss):
             f"algorithm.loss.delta={self.delta}: |pi - mu| never exceeds 1, so the bound cannot bind and w "
             f"stays within {1 - 1 / self.delta:.3g} .. {1 + 1 / self.delta:.3g}; 0.05 to 0.2 makes it act"
         ]
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +25,7 @@ class GrpoLoss(Loss):
     dual_clip: float | None
 
     @classmethod
-    def from_config(cls, config: LossConfig) -> Self:
+    def from_config(cls, config: LossConfig) -> GrpoLoss:
         return cls(clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip)
 
     def value(

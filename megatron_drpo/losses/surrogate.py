@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ class SurrogateLoss(Loss):
     """L = -A r, w = 1."""
 
     @classmethod
-    def from_config(cls, config: LossConfig) -> Self:
+    def from_config(cls, config: LossConfig) -> SurrogateLoss:
         return cls()
 
     def value(

@@ -8,7 +8,6 @@ Sums and maxima over loss tokens, additive over micro-batches and data-parallel 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -48,14 +47,14 @@ class Diagnostics:
     """float64, never negative: one per name in _MAXIMA."""
 
     @classmethod
-    def zeros(cls, device: torch.device) -> Self:
+    def zeros(cls, device: torch.device) -> Diagnostics:
         """Of no tokens."""
         num_sums = len(_SUMS) + len(W_HISTOGRAM_EDGES) + 1
         sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
         return cls(sums, torch.zeros(len(_MAXIMA), dtype=torch.float64, device=device))
 
-    def __add__(self, other: Self) -> Self:
-        return type(self)(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+    def __add__(self, other: Diagnostics) -> Diagnostics:
+        return Diagnostics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class Progress:
 
     def __init__(self, num_steps: int, *, live: bool, console: Console | None = None) -> None:
         self._num_steps = num_steps
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console()
         self._step = 0
         self._phase = "starting"
         self._phase_began = time.perf_counter()
@@ -69,8 +69,11 @@ class Progress:
         self._phase_began = time.perf_counter()
 
     def step(self, step: int, metrics: Mapping[str, float | Sequence[float]]) -> None:
-        """Show a finished step, counted from 0. Values not measured in this step keep standing."""
-        self._step = step + 1
+        """Show what was measured when `step` steps were finished (0: before the first).
+
+        Values not measured this time keep standing on the live display.
+        """
+        self._step = step
         self._metrics.update(metrics)
         for name, value in metrics.items():
             if not isinstance(value, Sequence):
@@ -80,11 +83,11 @@ class Progress:
             parts = (_number(metrics, f"time/{name}_s") for name in ("step", "eval", "checkpoint"))
             self._step_seconds.append(sum(part for part in parts if part is not None))
         if self._live is None:
-            self._console.print(self._line(metrics), markup=False)
+            self.message(self._line(metrics))
 
     def message(self, text: str) -> None:
-        """Print a line that stays, above the display."""
-        self._console.print(text, markup=False)
+        """Print a line that stays, above the display if that is live."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         if self._live is not None:

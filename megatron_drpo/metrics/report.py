@@ -330,7 +330,8 @@ def _say(axes: Axes, text: str) -> None:
 
 
 def _summary(records: Sequence[Record]) -> str:
-    parts = ["1 step" if len(records) == 1 else f"{len(records)} steps"]
+    last_step = records[-1]["step"]
+    parts = ["1 step" if last_step == 1 else f"{last_step} steps"]
     for metric, name in (("reward/mean", "reward"), ("eval/accuracy", "held-out accuracy")):
         _, values = _series(records, metric)
         if len(values):

@@ -112,7 +112,7 @@ class _Shard:
         if self.world_size == 1 or statistics_N3.numel() == 0:
             return statistics_N3[None].expand(self.world_size, -1, -1)
         gathered = statistics_N3.new_empty(self.world_size, *statistics_N3.shape)
-        dist.all_gather_into_tensor(gathered, statistics_N3, group=self.group)
+        dist.all_gather(list(gathered.unbind(0)), statistics_N3, group=self.group)
         return gathered
 
 

@@ -32,7 +32,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if dtype is Dtype.bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(megatron_config, chunks)
+    return get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=False)
 
 
 def compute_learning_rate(config: OptimizerConfig, update: int, num_updates: int) -> float:

@@ -124,7 +124,7 @@ def initialise_parallel(
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
-        create_gloo_process_groups=backend != "gloo",
+        create_gloo_process_groups=False,
     )
     return ParallelState(device=device)
 

@@ -10,9 +10,10 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 from megatron_drpo.types import Rollout
 
-RESPONSE_FORMATS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+LATEX = LatexExtractionConfig(boxed_match_priority=0)  # one for all: math-verify keeps one compiled
+RESPONSE_FORMATS = (LATEX, ExprExtractionConfig())
 """Where the final answer is looked for: the last \\boxed{} first, then phrases such as "the answer is", then
-the last expression."""
+the last expression. Boxes that follow each other closely are one answer, a set."""
 
 # math-verify's own limits are off (0): they are per comparison, several add up to more than the limit of a
 # response, and that limit is enforced from outside by the pool. The package warns once that this is so.
@@ -39,4 +40,4 @@ def _parse_answer(answer: str) -> list[Any]:
     """The ground truth as sympy expression and as text. All samples of a prompt share it."""
     is_marked = "\\boxed" in answer or "$" in answer
     text = answer if is_marked else f"\\boxed{{{answer}}}"
-    return parse(text, (LatexExtractionConfig(),), parsing_timeout=0)
+    return parse(text, (LATEX,), parsing_timeout=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -87,7 +88,7 @@ def test_summary_is_the_definition_over_all_micro_batches() -> None:
     histogram = metrics.pop("trust_region/w_histogram")
     assert metrics == pytest.approx(expected, rel=1e-9)
     bounds = [-math.inf, *W_HISTOGRAM_EDGES, math.inf]
-    counts = [sum(low <= w < high for w in weights) for low, high in zip(bounds, bounds[1:], strict=False)]
+    counts = [sum(low <= w < high for w in weights) for low, high in itertools.pairwise(bounds)]
     assert histogram == counts
     assert sum(counts) == len(rows) > 15
 

@@ -1,0 +1,67 @@
+"""Everything that can be known to be wrong before a process group or a server starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_drpo.config import Config, Mode
+from megatron_drpo.data.jsonl import check_prompt_file
+from megatron_drpo.errors import ModelError
+from megatron_drpo.hf_io import HfFolder, check_hf_folder
+from megatron_drpo.losses.registry import build_loss, check_loss
+from megatron_drpo.models.registry import get_family
+from megatron_drpo.policy.model import check_megatron_overrides
+from megatron_drpo.policy.parallel import check_layout
+from megatron_drpo.rewards.functions import check_reward, needs_answer
+
+
+def check_config(config: Config) -> list[str]:
+    """Problems with files, model, layout, loss and reward, as sentences; empty if the run can start."""
+    problems = check_megatron_overrides(config.policy.megatron_overrides)
+    problems += _check_model(config)
+    problems += _check_data(config)
+    if config.train.mode is Mode.rl:
+        problems += check_loss(config.algorithm.loss)
+        problems += check_reward(config.reward)
+    if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
+        problems.append(f"checkpoint.load_path={config.checkpoint.load_path}: no such folder")
+    return problems
+
+
+def warn_config(config: Config) -> list[str]:
+    """Settings that are allowed but hardly meant, as sentences."""
+    warnings = []
+    if config.train.mode is Mode.rl:
+        warnings += build_loss(config.algorithm.loss).warnings()
+        if config.rollout.top_p < 1 or config.rollout.top_k != -1:
+            warnings.append(
+                f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: tokens are drawn from "
+                "a truncated distribution, but rollout_logprobs are those of the full one"
+            )
+    return warnings
+
+
+def _check_model(config: Config) -> list[str]:
+    problems = check_hf_folder(config.policy.model_path)
+    if problems:
+        return [f"policy.model_path: {problem}" for problem in problems]
+    try:
+        folder = HfFolder(config.policy.model_path)
+        family = get_family(folder.config)
+        architecture = family.architecture(folder.config)
+        shapes = {name: folder.shape(name) for name in folder.keys()}  # noqa: SIM118  not a dict
+        family.mapping(architecture).check_hf(shapes, str(folder.path))
+    except ModelError as error:
+        return [f"policy.model_path: {error}"]
+    return check_layout(config.parallel, architecture)
+
+
+def _check_data(config: Config) -> list[str]:
+    is_rl = config.train.mode is Mode.rl
+    wants_answer = is_rl and needs_answer(config.reward)
+    problems = check_prompt_file(config.data.train_path, config.data, config.train.mode, needs_answer=wants_answer)
+    if is_rl and config.data.eval_path is not None:
+        problems += check_prompt_file(
+            config.data.eval_path, config.data, config.train.mode, needs_answer=wants_answer
+        )
+    return problems

@@ -1,0 +1,229 @@
+"""An asynchronous client of one server that speaks SGLang's native HTTP API.
+
+Endpoints: https://docs.sglang.io/basic_usage/native_api.html. The embedded server speaks the same subset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from megatron_drpo.errors import RolloutError, WeightSyncError
+
+T = TypeVar("T")
+_FIRST_DELAY_S = 0.2
+_MAX_DELAY_S = 5.0
+_KEEPALIVE_S = 2.0
+"""Below the 5 s after which uvicorn, under either server, closes an idle connection."""
+_CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One response to ask for."""
+
+    rid: str
+    """Names the request in errors; each attempt appends a suffix of its own."""
+    token_ids: Sequence[int]
+    sampling_params: dict[str, Any]
+    """SGLang's sampling_params."""
+
+
+class SGLangClient:
+    """Requests to one server. Every failure is an error that names the server and the endpoint.
+
+    Connection errors and 5xx answers to requests that may be repeated are retried with exponential backoff;
+    4xx answers never are.
+    """
+
+    def __init__(self, endpoint: str, *, timeout_s: float, num_retries: int = 0) -> None:
+        """
+        Args:
+            endpoint: base URL, such as http://127.0.0.1:30000.
+            timeout_s: limit of one attempt, from connecting to the last byte of the answer.
+            num_retries: further attempts after the first.
+        """
+        self.endpoint = endpoint.rstrip("/")
+        self._timeout_s = timeout_s
+        self._num_retries = num_retries
+        self._http = httpx.AsyncClient(
+            base_url=self.endpoint,
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # the whole attempt has its own limit
+            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
+            trust_env=False,  # a proxy for the internet is no way to a rollout server
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # ------------------------------------------------------------------------------- generation
+
+    async def generate(
+        self, requests: Sequence[SampleRequest], *, extra_key: str, vocab_size: int
+    ) -> list[dict[str, Any]]:
+        """Sample one response per request, all in one batch; SGLang's response objects in the same order.
+
+        Args:
+            extra_key: separates prefix caches: give the policy version, or the server may continue from
+                keys and values of older weights.
+            vocab_size: input ids at or above it are refused here; some servers die of them.
+
+        Raises:
+            RolloutError: names the server, the endpoint, the status and the first line of the answer.
+        """
+        for request in requests:
+            outside = [i for i in request.token_ids if not 0 <= i < vocab_size]
+            if outside:
+                raise RolloutError(f"request {request.rid}: input id {outside[0]} is not in 0..{vocab_size - 1}")
+
+        def body() -> dict[str, Any]:
+            attempt = uuid.uuid4().hex[:8]  # a server refuses the id of a request it still runs
+            return {
+                "rid": [f"{request.rid}-{attempt}" for request in requests],
+                "input_ids": [list(request.token_ids) for request in requests],
+                "sampling_params": [request.sampling_params for request in requests],
+                "return_logprob": True,
+                "extra_key": extra_key,
+            }
+
+        answer = await self._with_retries("/generate", body)
+        if not isinstance(answer, list) or len(answer) != len(requests):
+            raise RolloutError(f"{self.endpoint}/generate: expected a list of {len(requests)} responses")
+        return answer
+
+    async def _with_retries(self, path: str, body: Any) -> Any:
+        for attempt in range(self._num_retries):
+            try:
+                return await self._request("POST", path, json=body())
+            except _RetryableError:
+                await asyncio.sleep(min(_FIRST_DELAY_S * 2**attempt, _MAX_DELAY_S))
+        return await self._request("POST", path, json=body())
+
+    # ------------------------------------------------------------------------------ information
+
+    async def is_healthy(self) -> bool:
+        """Whether /health answers 200; a server that cannot be reached is not healthy."""
+        try:
+            await self._request("GET", "/health", parse=False)
+        except RolloutError:
+            return False
+        return True
+
+    async def weight_version(self) -> str:
+        """The version of the weights the server has now."""
+        info = await self._request("GET", "/model_info")
+        return str(_field(info, "weight_version", f"{self.endpoint}/model_info"))
+
+    async def server_info(self) -> dict[str, Any]:
+        """The server's start-up arguments, `tp_size` among them."""
+        return await self._request("GET", "/server_info")
+
+    # ----------------------------------------------------------------------------------- weights
+
+    async def begin_weight_update(self) -> None:
+        await self._update("/begin_weight_update", b"{}")
+
+    async def update_weights_from_tensor(
+        self, payload: bytes, *, tp_size: int, weight_version: str | None
+    ) -> None:
+        """Send one bucket.
+
+        Args:
+            payload: from `weight_sync.wire.encode_bucket`; every tensor-parallel rank gets the same full tensors.
+            weight_version: the version from now on; give it with the last bucket only.
+        """
+        payloads = b",".join([b'"' + payload + b'"'] * tp_size)
+        version = b"null" if weight_version is None else b'"' + weight_version.encode() + b'"'
+        # flush_cache false: a refused flush would fail the update, and extra_key keeps the versions apart.
+        await self._update(
+            "/update_weights_from_tensor",
+            b'{"serialized_named_tensors":[' + payloads + b'],"flush_cache":false,"weight_version":' + version + b"}",
+        )
+
+    async def end_weight_update(self) -> None:
+        await self._update("/end_weight_update", b"{}")
+
+    async def weights_checksum(self) -> str:
+        """The server's checksum over all its weights (`per_engine_checksum` of /weights_checker)."""
+        answer = await self._request("POST", "/weights_checker", json={"action": "checksum"})
+        return str(_field(answer, "per_engine_checksum", f"{self.endpoint}/weights_checker"))
+
+    async def _update(self, path: str, content: bytes) -> None:
+        """One step of a weight update, never repeated.
+
+        Raises:
+            WeightSyncError: names the server and its reason.
+        """
+        headers = {"Content-Type": "application/json"}
+        try:
+            answer = await self._request("POST", path, content=content, headers=headers)
+        except RolloutError as error:
+            raise WeightSyncError(str(error)) from error
+        if not _field(answer, "success", f"{self.endpoint}{path}"):
+            raise WeightSyncError(f"{self.endpoint}{path}: refused: {answer}")
+
+    # -------------------------------------------------------------------------------- transport
+
+    async def _request(self, method: str, path: str, *, parse: bool = True, **kwargs: Any) -> Any:
+        where = f"{self.endpoint}{path}"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._http.request(method, path, **kwargs)
+        except TimeoutError:
+            raise RolloutError(f"{where}: no answer within {self._timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise _RetryableError(f"{where}: cannot be reached: {error or type(error).__name__}") from error
+        if not response.is_success:
+            kind = _RetryableError if response.is_server_error else RolloutError
+            raise kind(f"{where}: HTTP {response.status_code}: {_reason(response)}")
+        if not parse:
+            return None
+        try:
+            return response.json()
+        except ValueError as error:
+            raise RolloutError(f"{where}: the answer is not JSON: {response.text[:200]!r}") from error
+
+
+async def run_all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run calls at the same time; the first RolloutError cancels the others and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except* RolloutError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+class _RetryableError(RolloutError):
+    """A failure that another attempt may not meet."""
+
+
+def _field(answer: Any, key: str, where: str) -> Any:
+    if not isinstance(answer, dict) or key not in answer:
+        raise RolloutError(f"{where}: the answer has no {key!r}")
+    return answer[key]
+
+
+def _reason(response: httpx.Response) -> str:
+    """What the server gave as its reason; the first line of the body if it is not of the usual form."""
+    try:
+        body = response.json()
+    except ValueError:
+        return (response.text.strip().splitlines() or ["(no body)"])[0][:500]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return str(message).splitlines()[0][:500]

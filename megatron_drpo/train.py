@@ -1,0 +1,181 @@
+"""Entry of one rank: `torchrun -m megatron_drpo.train config=run.yaml`; the supervisor starts it likewise."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_drpo.check import check_config, warn_config
+from megatron_drpo.checkpoint import Checkpointer
+from megatron_drpo.config import Config, Mode, RolloutConfig
+from megatron_drpo.config_io import load_config
+from megatron_drpo.data.prompts import PromptFile, load_prompts
+from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
+from megatron_drpo.errors import ConfigError, DrpoError
+from megatron_drpo.experience import (
+    DemonstrationExperience,
+    Evaluator,
+    ExperienceSource,
+    PromptShare,
+    RolloutExperience,
+)
+from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.report import write_report
+from megatron_drpo.metrics.rollout_dump import write_index
+from megatron_drpo.metrics.writer import MetricsWriter
+from megatron_drpo.platform import Platform, build_platform
+from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
+from megatron_drpo.policy.policy import Policy
+from megatron_drpo.rewards.functions import needs_answer
+from megatron_drpo.rewards.pool import RewardPool
+from megatron_drpo.rollout.engine import RolloutEngine
+from megatron_drpo.trainer import Trainer
+from megatron_drpo.weight_sync.push import push_weights
+
+
+def run(config: Config) -> None:
+    """Train on this rank until `train.num_steps`.
+
+    Raises:
+        DrpoError: its message says all a user needs to know.
+    """
+    platform = build_platform(config.platform)
+    device = platform.prepare(RankInfo.from_environment().local_rank)
+    parallel = initialise_parallel(config.parallel, platform.backend, device)
+    with ExitStack() as stack:
+        progress = writer = None
+        if parallel.is_main:
+            writer = stack.enter_context(
+                MetricsWriter(config.run_dir, tensorboard=config.metrics.tensorboard)
+            )
+            live = config.metrics.progress and sys.stdout.isatty()
+            progress = Progress(config.train.num_steps, live=live)
+        policy = Policy(config, platform, parallel)
+        if parallel.is_main:
+            _print_banner(config, platform, policy)
+        share = experience = evaluator = None
+        if parallel.is_leader:
+            share, experience, evaluator = _build_leader(config, policy, stack)
+        if progress is not None:
+            stack.enter_context(progress)
+        Trainer(
+            config,
+            policy,
+            Checkpointer(config.run_dir, config.checkpoint),
+            share=share,
+            experience=experience,
+            evaluator=evaluator,
+            push_weights=partial(_push, config.rollout) if parallel.is_main else None,
+            writer=writer,
+            progress=progress,
+        ).run()
+    if parallel.is_main:
+        _write_summary(config)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _build_leader(
+    config: Config, policy: Policy, stack: ExitStack
+) -> tuple[PromptShare, ExperienceSource, Evaluator | None]:
+    """What asks for a replica's data: prompts, engine, rewards."""
+    parallel = policy.parallel
+    tokenizer = load_tokenizer(config.policy.model_path)
+    stop_token_ids = read_stop_token_ids(config.policy.model_path, tokenizer)
+    wants_answer = config.train.mode is Mode.rl and needs_answer(config.reward)
+
+    def load(path: str) -> PromptFile:
+        return load_prompts(path, config.data, tokenizer, config.train.mode, needs_answer=wants_answer)
+
+    train_prompts = load(config.data.train_path).prompts
+    source = PromptSource(train_prompts, shuffle=config.data.shuffle, seed=config.seed)
+    share = PromptShare(
+        source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size
+    )
+    if config.train.mode is Mode.sft:
+        return share, DemonstrationExperience(share, tokenizer, stop_token_ids[0]), None
+    rewards = stack.enter_context(RewardPool(config.reward))
+    engine = RolloutEngine(
+        config.rollout,
+        config.rollout.endpoints,
+        tokenizer,
+        stop_token_ids=stop_token_ids + config.rollout.stop_token_ids,
+        vocab_size=policy.architecture.vocab_size,
+        seed=config.seed,
+    )
+    stack.callback(engine.close)
+    engine.wait_until_ready(config.rollout.startup_timeout_s)
+    evaluator = None
+    if config.eval.every_steps and config.data.eval_path is not None:
+        held_out = load(config.data.eval_path).prompts[parallel.data_rank :: parallel.data_size]
+        evaluator = Evaluator(config, held_out, engine, rewards)
+    return share, RolloutExperience(config, share, engine, rewards), evaluator
+
+
+def _push(config: RolloutConfig, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
+    push_weights(
+        tensors, config.endpoints, policy_version=policy_version, timeout_s=config.request_timeout_s
+    )
+
+
+def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
+    table = Table.grid(padding=(0, 2))
+    parallel = config.parallel
+    sizes = {
+        "TP": parallel.tensor_parallel_size,
+        "PP": parallel.pipeline_parallel_size,
+        "VPP": parallel.virtual_pipeline_parallel_size,
+        "EP": parallel.expert_parallel_size,
+        "ETP": parallel.expert_tensor_parallel_size,
+        "DP": parallel.data_parallel_size,
+    }
+    layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "single rank"
+    lines = [
+        ("model", f"{config.policy.model_path} ({config.policy.dtype})"),
+        ("layout", layout + (", sequence parallel" if parallel.sequence_parallel else "")),
+        *platform.describe(),
+        ("run", config.run_dir),
+    ]
+    for name, value in lines:
+        table.add_row(f"[dim]{name}[/]", value)
+    console = Console()
+    console.print(table)
+    for warning in warn_config(config):
+        console.print(f"[yellow]warning[/] {warning}")
+
+
+def _write_summary(config: Config) -> None:
+    """The pictures and pages made of what the run wrote."""
+    write_report(config.run_dir)
+    if config.train.mode is Mode.rl:
+        write_index(config.run_dir)
+
+
+def main() -> None:
+    """Load and check the configuration, then run; any error of ours is one message and exit status 1."""
+    try:
+        config = load_config(sys.argv[1:])
+        problems = check_config(config)
+        if config.train.mode is Mode.rl and not config.rollout.endpoints:
+            problems.append("rollout.endpoints is empty: a rank starts no server; give the URLs of running ones")
+        if problems:
+            raise ConfigError(*problems)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        run(config)
+    except DrpoError as error:
+        rank = RankInfo.from_environment().rank
+        print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The loop: sample, score, update, publish; evaluate and save now and then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_drpo.checkpoint import Checkpointer, RunState
+from megatron_drpo.config import Config, Mode
+from megatron_drpo.experience import Evaluator, Experience, ExperienceSource, PromptShare, SampleStatistics
+from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.metrics.diagnostics import summarise
+from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.rollout_dump import write_rollouts
+from megatron_drpo.metrics.timing import StepTimer
+from megatron_drpo.metrics.writer import MetricsWriter
+from megatron_drpo.policy.policy import Policy, UpdateResult
+
+Metrics = dict[str, float | list[float]]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class Trainer:
+    """Composed by `train.py`. Runs on every rank; the optional parts exist where they have work.
+
+    Args:
+        share, experience: on replica leaders.
+        evaluator: on replica leaders, if evaluation is on.
+        push_weights: on global rank 0, in rl mode: gives the servers weights and their version.
+        writer, progress: on global rank 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        checkpointer: Checkpointer,
+        *,
+        share: PromptShare | None,
+        experience: ExperienceSource | None,
+        evaluator: Evaluator | None,
+        push_weights: Callable[[NamedTensors, int], None] | None,
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.checkpointer = checkpointer
+        self.share = share
+        self.experience = experience
+        self.evaluator = evaluator
+        self.push_weights = push_weights
+        self.writer = writer
+        self.progress = progress
+        self.state = RunState()
+        self.timer = StepTimer()
+
+    def run(self) -> None:
+        """From where the run stands to `train.num_steps`, then the final export."""
+        self._resume()
+        self._publish_weights()
+        if self.state.step == 0 and self._evaluates:
+            self._report(0, self._evaluate())
+        for step in range(self.state.step, self.config.train.num_steps):
+            self.timer.finish()
+            metrics = self._step(step)
+            self.state.step = step + 1
+            if self._evaluates and self._is_due(self.config.eval.every_steps):
+                metrics |= self._evaluate()
+            metrics |= self.timer.finish()
+            self._report(step + 1, metrics)
+            if self._is_due(self.config.checkpoint.save_every_steps):
+                self._save()
+        if self.config.checkpoint.export_hf:
+            self._phase("export")
+            self.policy.exporter.save(
+                Path(self.config.run_dir) / "hf", source=self.policy.folder.path, overwrite=True
+            )
+
+    def _step(self, step: int) -> Metrics:
+        self._phase("rollout" if self.config.train.mode is Mode.rl else "data")
+        experience = self._collect(step)
+        self._phase("update")
+        updates = [
+            self.policy.train_step(micro_batches, self.timer)
+            for micro_batches in iter_global_batches(self.config, self.policy, experience.sequences)
+        ]
+        self.state.policy_version += 1
+        self._publish_weights()
+        if self.share is not None:
+            self.share.mark_consumed()
+        if self.policy.parallel.is_main and experience.records:
+            write_rollouts(self.config.run_dir, step + 1, experience.records)
+        return self._sample_metrics(experience.statistics) | self._update_metrics(updates)
+
+    def _collect(self, step: int) -> Experience:
+        if self.experience is None:
+            return Experience(sequences=[], statistics=SampleStatistics())
+        return self.experience.collect(step, self.state.policy_version, self.timer)
+
+    def _publish_weights(self) -> None:
+        """Give every server the current weights; collective, for the export gathers shards of all ranks."""
+        if self.config.train.mode is Mode.sft:
+            return
+        self._phase("weight sync")
+        with self.timer.phase("weight_sync"):
+            tensors = self.policy.hf_tensors()
+            if self.push_weights is not None:
+                self.push_weights(tensors, self.state.policy_version)
+            else:
+                for _ in tensors:
+                    pass
+
+    # ------------------------------------------------------------------------------------ now and then
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.config.eval.every_steps > 0 and self.config.train.mode is Mode.rl
+
+    def _is_due(self, every_steps: int) -> bool:
+        is_last = self.state.step == self.config.train.num_steps
+        return is_last or (every_steps > 0 and self.state.step % every_steps == 0)
+
+    def _evaluate(self) -> Metrics:
+        self._phase("evaluation")
+        with self.timer.phase("eval"):
+            statistics = SampleStatistics()
+            if self.evaluator is not None:
+                statistics = self.evaluator.evaluate(self.state.policy_version)
+            total = self._sum(statistics)
+        return {
+            "eval/accuracy": total.reward_sum / max(total.num_samples, 1),
+            "eval/num_samples": total.num_samples,
+            "eval/length_mean": total.length_sum / max(total.num_samples, 1),
+        }
+
+    def _save(self) -> None:
+        self._phase("checkpoint")
+        with self.timer.phase("checkpoint"):
+            if self.share is not None:
+                self.state.cursor = self.share.source.state_dict()
+            if self.writer is not None:
+                self.state.metrics_position = self.writer.position
+            self.checkpointer.save(self.policy, self.state)
+
+    def _resume(self) -> None:
+        path = self.checkpointer.find()
+        if path is None:
+            return
+        self._phase("loading the checkpoint")
+        self.state = self.checkpointer.load(path, self.policy)
+        if self.share is not None:
+            self.share.source.load_state_dict(self.state.cursor)
+        own = path.parent == self.checkpointer.folder
+        if self.writer is not None and own:
+            self.writer.truncate(self.state.metrics_position)
+        if self.progress is not None:
+            self.progress.message(f"continuing after step {self.state.step}, from {path}")
+
+    # ------------------------------------------------------------------------------------- what is seen
+
+    def _phase(self, name: str) -> None:
+        if self.progress is not None:
+            self.progress.phase(name)
+
+    def _report(self, step: int, metrics: Metrics) -> None:
+        if self.writer is not None:
+            self.writer.write(step, metrics)
+        if self.progress is not None:
+            self.progress.step(step, metrics)
+
+    def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
+        total = self._sum(statistics)
+        count = max(total.num_samples, 1)
+        metrics: Metrics = {
+            "response/length_mean": total.length_sum / count,
+            "response/length_max": total.length_max,
+            "response/truncated_share": total.num_truncated / count,
+            "data/num_samples": total.num_samples,
+            "data/num_tokens": total.length_sum + total.num_prompt_tokens,
+        }
+        if self.config.train.mode is Mode.rl:
+            mean = total.reward_sum / count
+            metrics["reward/mean"] = mean
+            metrics["reward/std"] = math.sqrt(max(total.reward_square_sum / count - mean * mean, 0.0))
+        return metrics
+
+    def _sum(self, statistics: SampleStatistics) -> SampleStatistics:
+        """Over all replicas' leaders; length_max by maximum."""
+        parallel = self.policy.parallel
+        values = torch.tensor(astuple(statistics), dtype=torch.float64, device=parallel.device)
+        gathered = [torch.empty_like(values) for _ in range(parallel.data_size)]
+        dist.all_gather(gathered, values, group=parallel.data_group)
+        table = torch.stack(gathered)
+        names = [f.name for f in fields(SampleStatistics)]
+        total = SampleStatistics(**dict(zip(names, table.sum(0).tolist(), strict=True)))
+        total.length_max = float(table[:, names.index("length_max")].max())
+        return total
+
+    def _update_metrics(self, updates: list[UpdateResult]) -> Metrics:
+        """Over a step's updates: means of loss and gradient norm, and all tokens' diagnostics."""
+        diagnostics = updates[0].diagnostics
+        for update in updates[1:]:
+            diagnostics = diagnostics + update.diagnostics
+        metrics: Metrics = {
+            "loss/value": sum(update.loss for update in updates) / len(updates),
+            "optimizer/grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+            "optimizer/lr": updates[-1].lr,
+        }
+        details = summarise(diagnostics)
+        if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
+            return metrics | {"policy/entropy": details["policy/entropy"]}
+        return metrics | details

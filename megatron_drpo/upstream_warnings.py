@@ -1,0 +1,23 @@
+"""Warnings of Megatron-Core that every run would print; the start-up banner says the same in one line."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+EXPECTED = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+)
+"""How each begins."""
+
+
+def ignore_expected_warnings() -> None:
+    """In this process and those it starts. Call it before megatron.core is imported: most come from there."""
+    for start in EXPECTED:
+        warnings.filterwarnings("ignore", message=start)
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{start}" for start in EXPECTED))

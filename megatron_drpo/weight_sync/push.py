@@ -1,0 +1,112 @@
+"""Send the policy's weights to the rollout servers and verify that they arrived."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.rollout.client import SGLangClient, run_all
+from megatron_drpo.weight_sync.checksum import WeightsChecksum
+from megatron_drpo.weight_sync.wire import encode_bucket
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+DEFAULT_BUCKET_BYTES = 256 * 2**20
+
+
+def push_weights(
+    tensors: NamedTensors,
+    endpoints: Sequence[str],
+    *,
+    policy_version: int,
+    timeout_s: float,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    verify_checksum: bool = True,
+) -> None:
+    """Make all servers serve these weights as `policy_version`. Call it on global rank 0 alone.
+
+    Args:
+        tensors: every tensor of the model under its HF name, whole, on the CPU; consumed as a stream.
+        endpoints: base URLs of the servers.
+        timeout_s: limit of each request.
+        bucket_bytes: tensors are sent in buckets of about this size; one larger tensor goes alone. The
+            embedded server holds all buckets until the update ends, so a failed update changes nothing there.
+        verify_checksum: compare checksums afterwards. SGLang's checker hashes its own fused layout, which
+            has no counterpart here: pass False for it, and the version alone is verified.
+
+    Raises:
+        WeightSyncError: names the server that could not be updated or does not have these weights.
+    """
+
+    async def push() -> None:
+        clients = [SGLangClient(url, timeout_s=timeout_s) for url in endpoints]
+        try:
+            await _push(clients, tensors, str(policy_version), bucket_bytes, verify_checksum)
+        except RolloutError as error:
+            raise WeightSyncError(str(error)) from error
+        finally:
+            for client in clients:
+                await client.close()
+
+    asyncio.run(push())
+
+
+async def _push(
+    clients: list[SGLangClient], tensors: NamedTensors, version: str, bucket_bytes: int, verify_checksum: bool
+) -> None:
+    infos = await run_all(client.server_info() for client in clients)
+    tp_sizes = [int(info["tp_size"]) for info in infos]
+    checksum = WeightsChecksum()
+    await run_all(client.begin_weight_update() for client in clients)
+    for bucket, is_last in _mark_last(_buckets(tensors, bucket_bytes)):
+        for name, tensor in bucket:
+            checksum.add(name, tensor)
+        payload = encode_bucket(bucket)
+        await run_all(
+            client.update_weights_from_tensor(
+                payload, tp_size=tp_size, weight_version=version if is_last else None
+            )
+            for client, tp_size in zip(clients, tp_sizes, strict=True)
+        )
+    await run_all(client.end_weight_update() for client in clients)
+    await run_all(_verify(client, version, checksum.hexdigest() if verify_checksum else None) for client in clients)
+
+
+async def _verify(client: SGLangClient, version: str, checksum: str | None) -> None:
+    served = await client.weight_version()
+    if served != version:
+        raise WeightSyncError(f"{client.endpoint}: serves weight version {served!r}, not {version!r}")
+    if checksum is None:
+        return
+    served_checksum = await client.weights_checksum()
+    if served_checksum != checksum:
+        raise WeightSyncError(
+            f"{client.endpoint}: the weights of version {version} have checksum {served_checksum}, "
+            f"the trainer's {checksum}"
+        )
+
+
+def _buckets(tensors: NamedTensors, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _mark_last(
+    buckets: Iterator[list[tuple[str, torch.Tensor]]],
+) -> Iterator[tuple[list[tuple[str, torch.Tensor]], bool]]:
+    """Each bucket with whether it is the last; holds two at a time."""
+    current = next(buckets, None)
+    while current is not None:
+        following = next(buckets, None)
+        yield current, following is None
+        current = following

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_drpo.config import DataConfig, Mode, OnBadLine
+from megatron_drpo.data.jsonl import BadLine, PromptLine, check_prompt_file, read_lines
+
+WriteLines = Callable[..., Path]
+
+
+def test_every_field_of_a_line(write_lines: WriteLines) -> None:
+    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "2+2?"}]
+    path = write_lines(
+        {"prompt": "1+1?", "answer": "2", "response": "It is 2.", "level": 3, "tags": ["sum"]},
+        {"messages": chat, "answer": 4, "prompt": None, "id": "b"},
+    )
+    first, second = read_lines(path, Mode.rl)
+    assert first == PromptLine(
+        index=0,
+        prompt="1+1?",
+        messages=None,
+        answer="2",
+        response="It is 2.",
+        metadata={"level": 3, "tags": ["sum"]},
+    )
+    assert second == PromptLine(
+        index=1, prompt=None, messages=chat, answer="4", response=None, metadata={"id": "b"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [("42", "42"), ("-1", "-1"), ("0.5", "0.5"), ("1e-05", "0.00001"), ("1e3", "1000.0"), ("2.0", "2.0")],
+)
+def test_a_number_as_answer_becomes_plain_decimal_text(
+    write_lines: WriteLines, number: str, text: str
+) -> None:
+    (line,) = read_lines(write_lines(f'{{"prompt": "?", "answer": {number}}}'), Mode.rl)
+    assert isinstance(line, PromptLine)
+    assert line.answer == text
+
+
+def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\\nb"}\r\n\r\n  \n{"prompt": "é\u2028"}'.encode())
+    lines = [line for line in read_lines(path, Mode.rl) if isinstance(line, PromptLine)]
+    assert [(line.index, line.prompt) for line in lines] == [(0, "a\nb"), (3, "é\u2028")]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (
+            '{"prompt": "a"',
+            "expected a JSON object, found invalid JSON: Expecting ',' delimiter at column 15",
+        ),
+        ('{"prompt": "a", "x": NaN}', "expected a JSON object, found NaN, which is not JSON"),
+        ("[" * 100_000, "expected a JSON object, found one nested too deeply"),
+        (["prompt"], "expected a JSON object, found a list"),
+        ('"text"', "expected a JSON object, found text"),
+        ({"answer": "2"}, "expected either `prompt` (text) or `messages` (a chat), found neither"),
+        (
+            {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+            "expected either `prompt` (text) or `messages` (a chat), found both",
+        ),
+        ({"prompt": 3}, "expected `prompt` to be text, found a number"),
+        ({"prompt": " \n"}, "expected `prompt` to be text, found an empty string"),
+        ({"prompt": "a", "answer": True}, "expected `answer` to be text or a number, found true or false"),
+        ({"prompt": "a", "answer": ["2"]}, "expected `answer` to be text or a number, found a list"),
+        ({"prompt": "a", "answer": ""}, "expected `answer` to be text or a number, found an empty string"),
+        ({"prompt": "a", "response": {}}, "expected `response` to be text, found an object"),
+        ({"messages": "hi"}, "expected `messages` to be a list of chat messages, found text"),
+        ({"messages": []}, "expected `messages` to be a list of chat messages, found an empty list"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user"}]},
+            "expected messages[1] to have `role` and `content`, both text",
+        ),
+        ({"messages": ["hi"]}, "expected messages[0] to have `role` and `content`, both text"),
+    ],
+)
+def test_what_is_wrong_with_a_line(write_lines: WriteLines, line: object, problem: str) -> None:
+    good = {"prompt": "a"}
+    assert list(read_lines(write_lines(good, line, good), Mode.rl))[1] == BadLine(index=1, problem=problem)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}\n{"prompt": "b"}\n')
+    bad, good = read_lines(path, Mode.rl)
+    assert bad == BadLine(index=0, problem="expected UTF-8 text, found invalid start byte")
+    assert isinstance(good, PromptLine)
+
+
+def test_what_the_mode_and_the_reward_need(write_lines: WriteLines) -> None:
+    path = write_lines({"prompt": "a", "answer": "b"}, {"prompt": "a", "response": "b"})
+    no_response, complete = read_lines(path, Mode.sft)
+    assert isinstance(no_response, BadLine)
+    assert "expected a `response` to learn from (train.mode=sft), found none" in no_response.problem
+    assert isinstance(complete, PromptLine)
+    complete, no_answer = read_lines(path, Mode.rl, needs_answer=True)
+    assert isinstance(complete, PromptLine)
+    assert no_answer == BadLine(index=1, problem="expected an `answer` for the reward, found none")
+
+
+def test_check_lists_the_first_problems_and_counts_the_rest(write_lines: WriteLines) -> None:
+    path = write_lines({"prompt": "a"}, *["{"] * 7, {"prompt": "b"})
+    problems = check_prompt_file(path, DataConfig(), Mode.rl)
+    assert len(problems) == 6
+    assert problems[0].startswith(f"{path} line 2: expected a JSON object, found invalid JSON")
+    assert problems[4].startswith(f"{path} line 6: ")
+    assert problems[5] == f"{path}: 7 of 9 lines are broken; the first are listed above"
+    assert check_prompt_file(path, DataConfig(on_bad_line=OnBadLine.skip), Mode.rl) == []
+
+
+def test_check_without_a_single_good_line(write_lines: WriteLines, tmp_path: Path) -> None:
+    skip = DataConfig(on_bad_line=OnBadLine.skip)
+    path = write_lines("{", "3")
+    assert check_prompt_file(path, skip, Mode.rl)[1:] == [
+        f"{path} line 2: expected a JSON object, found a number"
+    ]
+    path = write_lines("", "")
+    assert check_prompt_file(path, skip, Mode.rl) == [
+        f"{path}: the file is empty; expected one JSON object per line"
+    ]
+    path = tmp_path / "absent.jsonl"
+    assert check_prompt_file(path, skip, Mode.rl) == [
+        f"{path}: no such file; expected a JSONL file of prompts"
+    ]
+
+
+def test_check_of_a_good_file(write_lines: WriteLines) -> None:
+    path = write_lines({"prompt": "a", "answer": 1})
+    assert check_prompt_file(str(path), DataConfig(), Mode.rl, needs_answer=True) == []

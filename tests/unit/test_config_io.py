@@ -1,0 +1,218 @@
+"""From files and arguments to a checked `Config`, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_drpo.config import Advantage, Config
+from megatron_drpo.config_io import load_config, to_yaml
+from megatron_drpo.errors import ConfigError
+
+NEEDED = ["data.train_path=train.jsonl", "policy.model_path=model"]
+
+
+def problems_of(*arguments: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config([*NEEDED, *arguments])
+    return caught.value.problems
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return f"config={path}"
+
+
+def test_arguments_are_typed_by_the_schema() -> None:
+    config = load_config(
+        [
+            *NEEDED,
+            "optimizer.lr=1e-4",
+            "rollout.deterministic=true",
+            "algorithm.advantage=leave_one_out",
+            "rollout.stop_token_ids=[5,6]",
+            "data.eval_path=null",
+            "policy.megatron_overrides.moe_router_topk=2",
+            "policy.megatron_overrides.qk_layernorm=true",
+            "run_dir=runs/a=b",
+        ]
+    )
+    assert isinstance(config, Config)
+    assert config.optimizer.lr == 1e-4
+    assert config.rollout.deterministic is True
+    assert config.algorithm.advantage is Advantage.leave_one_out
+    assert config.rollout.stop_token_ids == [5, 6]
+    assert config.data.eval_path is None
+    assert config.policy.megatron_overrides == {"moe_router_topk": 2, "qk_layernorm": True}
+    assert config.run_dir == "runs/a=b"
+
+
+def test_layers_defaults_base_file_arguments(tmp_path: Path) -> None:
+    """Each layer overrides the one before, key by key; a `base:` is relative to the file that names it."""
+    write(
+        tmp_path / "common" / "base.yaml",
+        "data: {train_path: base.jsonl}\npolicy: {model_path: base}\nseed: 1\ntrain: {num_steps: 1}\n",
+    )
+    write(tmp_path / "common" / "middle.yaml", "base: base.yaml\nseed: 2\nreward:\n  name: exact_match\n")
+    top = write(
+        tmp_path / "run.yaml", "base: common/middle.yaml\nseed: 3\ntrain:\n  num_updates_per_step: 4\n"
+    )
+    config = load_config([top, "seed=4"])
+    assert config.data.train_path == "base.jsonl"
+    assert config.reward.name == "exact_match"
+    assert (config.train.num_steps, config.train.num_updates_per_step) == (1, 4)
+    assert config.seed == 4
+    assert load_config([top]).seed == 3
+
+
+def test_lists_replace_and_dicts_merge(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "rollout: {stop_token_ids: [1, 2]}\npolicy: {megatron_overrides: {a: 1}}\n")
+    top = write(
+        tmp_path / "run.yaml",
+        "base: base.yaml\nrollout: {stop_token_ids: [3]}\npolicy: {megatron_overrides: {b: 2}}\n",
+    )
+    config = load_config([top, *NEEDED, "policy.megatron_overrides.c=3"])
+    assert config.rollout.stop_token_ids == [3]
+    assert config.policy.megatron_overrides == {"a": 1, "b": 2, "c": 3}
+
+
+def test_interpolation_is_resolved(tmp_path: Path) -> None:
+    top = write(
+        tmp_path / "run.yaml",
+        "run_dir: /runs/x\ndata: {train_path: '${run_dir}/train.jsonl'}\nseed: ${train.num_steps}\n",
+    )
+    config = load_config([top, "policy.model_path=model", "train.num_steps=9"])
+    assert config.data.train_path == "/runs/x/train.jsonl"
+    assert config.seed == 9
+
+
+def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
+    config = load_config(
+        [
+            *NEEDED,
+            "rollout.engine=sglang",
+            "rollout.endpoints=[http://127.0.0.1:30000]",
+            "algorithm.loss.dual_clip=3.0",
+            "policy.megatron_overrides.moe_aux_loss_coeff=0.001",
+            "optimizer.lr=3.0517578125e-05",
+            "run_dir='runs/ü: x'",
+        ]
+    )
+    saved = write(tmp_path / "config.yaml", to_yaml(config))
+    assert load_config([saved]) == config
+    assert to_yaml(load_config([saved])) == to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        (
+            "xyz=1",
+            "xyz: unknown key (in command line)",
+        ),
+        (
+            "rollout.temprature=1",
+            "rollout.temprature: unknown key; did you mean rollout.temperature? (in command line)",
+        ),
+        (
+            "algorithm.loss.detla=1",
+            "algorithm.loss.detla: unknown key; did you mean algorithm.loss.delta? (in command line)",
+        ),
+        ("sede=1", "sede: unknown key; did you mean seed? (in command line)"),
+        (
+            "seed.x=1",
+            "seed={'x': 1}: Value '{'x': 1}' of type 'dict' could not be converted to Integer "
+            "(in command line)",
+        ),
+        (
+            "rollout=fast",
+            "rollout='fast': rollout is a section; set its keys, for example rollout.engine=... "
+            "(in command line)",
+        ),
+        (
+            "rollout.endpoints=http://127.0.0.1:30000",
+            "rollout.endpoints='http://127.0.0.1:30000': Invalid value assigned: str is not a ListConfig, "
+            "list or tuple. (in command line)",
+        ),
+        (
+            "train.num_steps=ten",
+            "train.num_steps='ten': Value 'ten' of type 'str' could not be converted to Integer "
+            "(in command line)",
+        ),
+        (
+            "rollout.deterministic=maybe",
+            "rollout.deterministic='maybe': Value 'maybe' is not a valid bool (type str) (in command line)",
+        ),
+        (
+            "reward.overlong=drop",
+            "reward.overlong='drop': Invalid value 'drop', expected one of [keep, mask, soft_penalty] "
+            "(in command line)",
+        ),
+    ],
+)
+def test_argument_that_cannot_be(argument: str, problem: str) -> None:
+    assert problems_of(argument) == (problem,)
+
+
+def test_all_problems_of_all_layers_come_together(tmp_path: Path) -> None:
+    """Unknown keys and wrong types name their source; broken rules follow."""
+    base = tmp_path / "base.yaml"
+    write(base, "optimiser: {lr: 1}\n")
+    top = write(tmp_path / "run.yaml", "base: base.yaml\ntrain: {num_steps: many}\n")
+    problems = problems_of(top, "rollout.top_p=7", "sede=1")
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "optimiser:",
+        "train.num_steps='many':",
+        "sede:",
+        "rollout.top_p=7.0:",
+    ]
+    assert problems[0].endswith(f"did you mean optimizer? (in {base})")
+    assert problems[1].endswith(f"(in {tmp_path / 'run.yaml'})")
+    assert problems[2].endswith("did you mean seed? (in command line)")
+
+
+@pytest.mark.parametrize("argument", ["--seed=1", "seed", "-x", "--help"])
+def test_argument_of_another_form(argument: str) -> None:
+    assert problems_of(argument) == (
+        f"argument {argument!r}: expected key.sub=value, for example train.num_steps=10",
+    )
+
+
+def test_argument_that_is_no_yaml() -> None:
+    (problem,) = problems_of("rollout.stop_token_ids=[1, 2")
+    assert problem.startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: [1,\n", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "not valid YAML"),
+        ("\tseed: 1\n", "not valid YAML"),
+        ("- seed\n", "expected a mapping of keys, found list"),
+        ("seed\n", "seed=None: field 'seed' is not Optional"),
+        ("rollout:\n", "rollout=None: rollout is a section; set its keys, for example rollout.engine=..."),
+        ("base: run.yaml\n", "its `base:` leads back to itself"),
+        ("base: gone.yaml\n", "gone.yaml: no such file"),
+    ],
+)
+def test_file_that_cannot_be(tmp_path: Path, text: str, problem: str) -> None:
+    (found,) = problems_of(write(tmp_path / "run.yaml", text))
+    assert problem in found
+    assert str(tmp_path) in found
+
+
+def test_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_config([write(tmp_path / "run.yaml", ""), *NEEDED]) == load_config(NEEDED)
+
+
+def test_missing_file() -> None:
+    assert problems_of("config=gone.yaml") == ("config=gone.yaml: no such file",)
+
+
+def test_unknown_interpolation_is_an_error(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path / "run.yaml", "run_dir: ${nowhere}/x\n"))
+    assert "run_dir" in problem
+    assert "nowhere" in problem

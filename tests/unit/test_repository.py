@@ -1,0 +1,162 @@
+"""Rules of the repository that no checker knows: sizes, layout, names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+LONG_MODULES = {"megatron_drpo/config.py": "every knob in one file"}
+"""Path -> why it may be longer."""
+
+LONG_FUNCTIONS: dict[str, str] = {}
+"""path:function -> why it may be longer."""
+
+FOLDERS = {"megatron_drpo", "conversion", "examples", "tools", "tests"}
+FILES = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints-cpu.txt", "pyproject.toml"}
+WRITTEN_BY_USE = {"runs", "dist"}
+"""Made by a run or a build; git ignores them."""
+
+TEXT_SUFFIXES = {".py", ".toml", ".txt", ".md", ".yaml", ".jsonl", ".html", ".sh", ""}
+FORBIDDEN_TEXT = {
+    "a path of somebody's machine": re.compile(r"/(?:home|root|Users|work|private)/\w"),
+    "a fixed temporary path": re.compile(r"""(?<![\w{$.])/(?:tmp|var/tmp)(?![\w])"""),
+    "an unfinished place": re.compile(r"\b(?:TODO|FIXME|XXX)\b"),
+    "a merge conflict": re.compile(r"^(?:<{7}|>{7}) ", re.MULTILINE),
+}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def long_functions(source: str) -> Iterator[tuple[str, int]]:
+    """(name, lines) of every function too long; decorators and docstring count."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            lines = (node.end_lineno or first) - first + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield node.name, lines
+
+
+def test_modules_are_short() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in sources(*FOLDERS)}
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_MODULE_LINES}
+    assert {name: lines for name, lines in long.items() if name not in LONG_MODULES} == {}
+    assert LONG_MODULES.keys() <= long.keys(), "an exception that is no longer needed"
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{name_of(path)}:{name}": lines
+        for path in sources(*FOLDERS)
+        for name, lines in long_functions(path.read_text())
+    }
+    assert {name: lines for name, lines in long.items() if name not in LONG_FUNCTIONS} == {}
+    assert LONG_FUNCTIONS.keys() <= long.keys(), "an exception that is no longer needed"
+
+
+def test_size_rule_sees_methods_and_decorators() -> None:
+    """61 lines: a decorator, the def and 59 statements."""
+    method = "class A:\n    @property\n    def f(self):\n" + "        pass\n" * 59
+    assert list(long_functions(method)) == [("f", 61)]
+    assert list(long_functions(method.replace("    @property\n", ""))) == []
+
+
+def test_top_level_holds_nothing_else() -> None:
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert found - FOLDERS - FILES - WRITTEN_BY_USE == set()
+    assert found >= FILES
+
+
+def test_every_unit_test_mirrors_a_package_file() -> None:
+    """tests/unit/losses/test_drpo.py tests megatron_drpo/losses/drpo.py; a folder's test has its name."""
+    unit = ROOT / "tests" / "unit"
+    beside_the_package = {"test_repository.py", "test_conftest.py"}
+    strays = []
+    for path in unit.rglob("test_*.py"):
+        place = path.relative_to(unit)
+        target = ROOT / "megatron_drpo" / place.parent / place.name.removeprefix("test_")
+        package = target.with_suffix("") / "__init__.py"
+        if not (target.is_file() or package.is_file() or place.as_posix() in beside_the_package):
+            strays.append(f"{name_of(path)}: there is no {name_of(target)}")
+    assert strays == []
+
+
+def test_every_folder_of_the_package_is_importable() -> None:
+    folders = {path.parent for path in sources("megatron_drpo")}
+    assert {name_of(folder) for folder in folders if not (folder / "__init__.py").is_file()} == set()
+
+
+def texts() -> list[Path]:
+    visible = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    files = [*visible, *(ROOT / name for name in FILES)]
+    return sorted(
+        path
+        for path in files
+        if path.is_file()
+        and path.suffix in TEXT_SUFFIXES
+        and path != Path(__file__)
+        and path.name != "LICENSE"
+    )
+
+
+@pytest.mark.parametrize("what", FORBIDDEN_TEXT)
+def test_text_that_does_not_belong_here(what: str) -> None:
+    pattern = FORBIDDEN_TEXT[what]
+    found = [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in texts()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("see /home/ann/model", "a path of somebody's machine"),
+        ('open("/tmp/x")', "a fixed temporary path"),
+        ("# TODO later", "an unfinished place"),
+        ("<<<<<<< HEAD", "a merge conflict"),
+    ],
+)
+def test_forbidden_text_is_recognised(text: str, what: str) -> None:
+    assert [name for name, pattern in FORBIDDEN_TEXT.items() if pattern.search(text)] == [what]
+
+
+@pytest.mark.parametrize("text", ["tmp_path / 'x'", "https://example.org/home", "<a>/tmpfile", "-------"])
+def test_ordinary_text_is_allowed(text: str) -> None:
+    assert [name for name, pattern in FORBIDDEN_TEXT.items() if pattern.search(text)] == []
+
+
+def test_ci_and_makefile_start_with_what_a_bare_machine_has() -> None:
+    """Both commands of CI are make targets, and every make target that runs Python installs it first."""
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make check", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("quickstart", "test", "check"):
+        assert re.search(rf"^{target}: \$\(INSTALLED\)", makefile, re.MULTILINE)
+
+
+def test_constraints_pin_what_the_project_declares() -> None:
+    """No name is pinned that pyproject.toml does not ask for, directly or for math-verify's parser."""
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / "constraints-cpu.txt").read_text(), re.MULTILINE)
+    )
+    declared = set(re.findall(r'"([A-Za-z][\w-]*)[>=\[]', (ROOT / "pyproject.toml").read_text()))
+    assert set(pinned) - declared == {"latex2sympy2_extended", "sympy"}
+    assert pinned["torch"] == "2.13.0"
