@@ -59,7 +59,9 @@ def _check_model(config: Config) -> list[str]:
 def _check_data(config: Config) -> list[str]:
     is_rl = config.train.mode is Mode.rl
     wants_answer = is_rl and needs_answer(config.reward)
-    problems = check_prompt_file(config.data.train_path, config.data, config.train.mode, needs_answer=wants_answer)
+    problems = check_prompt_file(
+        config.data.train_path, config.data, config.train.mode, needs_answer=wants_answer
+    )
     if is_rl and config.data.eval_path is not None:
         problems += check_prompt_file(
             config.data.eval_path, config.data, config.train.mode, needs_answer=wants_answer

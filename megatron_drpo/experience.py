@@ -111,7 +111,9 @@ class DemonstrationExperience:
 class RolloutExperience:
     """train.mode=rl: sample G responses per prompt, score them, give them advantages."""
 
-    def __init__(self, config: Config, share: PromptShare, engine: RolloutEngine, rewards: RewardPool) -> None:
+    def __init__(
+        self, config: Config, share: PromptShare, engine: RolloutEngine, rewards: RewardPool
+    ) -> None:
         self._config = config
         self._share = share
         self._engine = engine
@@ -131,15 +133,11 @@ class RolloutExperience:
             rewards = shuffle_rewards(rewards, seed=self._config.seed, step=step)
         return rewards
 
-    def _build(
-        self, groups: list[RolloutGroup], rollouts: list[Rollout], rewards: list[float]
-    ) -> Experience:
+    def _build(self, groups: list[RolloutGroup], rollouts: list[Rollout], rewards: list[float]) -> Experience:
         limit = self._config.rollout.max_response_tokens
         overlong = compute_overlong(rollouts, self._config.reward, limit)
         shaped = torch.tensor(rewards) + torch.tensor(overlong.penalties)
-        advantages_PG = compute_advantages(
-            shaped.reshape(len(groups), -1), self._config.algorithm.advantage
-        )
+        advantages_PG = compute_advantages(shaped.reshape(len(groups), -1), self._config.algorithm.advantage)
         statistics = SampleStatistics()
         sequences, records = [], []
         samples = zip(rollouts, rewards, advantages_PG.flatten().tolist(), overlong.left_out, strict=True)
@@ -168,7 +166,9 @@ def build_sequence(number: int, rollout: Rollout, advantage: float, *, left_out:
 class Evaluator:
     """avg@k on this replica's share of the held-out prompts."""
 
-    def __init__(self, config: Config, prompts: list[Prompt], engine: RolloutEngine, rewards: RewardPool) -> None:
+    def __init__(
+        self, config: Config, prompts: list[Prompt], engine: RolloutEngine, rewards: RewardPool
+    ) -> None:
         self._config = config.eval
         self._prompts = prompts
         self._engine = engine

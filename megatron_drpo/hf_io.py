@@ -8,7 +8,7 @@ https://huggingface.co/docs/transformers/big_models#sharded-checkpoints.
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,9 +127,12 @@ class HfFolder:
         self._tensors = tensors
         self._open_shards: dict[str, Any] = {}
 
-    def keys(self) -> Iterable[str]:
+    def keys(self) -> KeysView[str]:
         """Names of all tensors, in file order."""
         return self._tensors.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -268,9 +271,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 class HfWriter:
     """Writes an HF folder tensor by tensor, holding at most one shard in memory.
 
-    Everything goes into a hidden sibling folder that gets the final name when the `with` block ends well;
-    after an error or a crash the final name is untouched. One file if all fits into one shard, otherwise
-    numbered shards and an index.
+    Everything goes into a hidden sibling folder that gets the final name when the `with` block ends well, so
+    the final name never holds half a model, whatever happens. One file if all fits into one shard,
+    otherwise numbered shards and an index.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from megatron_drpo.config_io import to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError, RankError
 from megatron_drpo.rollout.launch import EmbeddedServers
 
+
 def supervise(config: Config) -> None:
     """Run to the end; servers and ranks are gone whichever way it returns.
 
@@ -65,7 +66,7 @@ def _run_ranks(config: Config, endpoints: list[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logs = DefaultLogsSpecs(
         log_dir=str(Path(config.run_dir) / "logs"),
-        redirects={rank: Std.OUT for rank in range(1, num_ranks)},
+        redirects=dict.fromkeys(range(1, num_ranks), Std.OUT),
     )
     launch = LaunchConfig(
         min_nodes=1,
@@ -84,7 +85,9 @@ def _run_ranks(config: Config, endpoints: list[str]) -> None:
         elastic_launch(launch, sys.executable)(*arguments, f"rollout.endpoints=[{','.join(endpoints)}]")
     except ChildFailedError as error:
         failed = ", ".join(str(rank) for rank in sorted(error.failures))
-        raise RankError(f"rank {failed} stopped with an error, see above; logs: {config.run_dir}/logs") from None
+        raise RankError(
+            f"rank {failed} stopped with an error, see above; logs: {config.run_dir}/logs"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

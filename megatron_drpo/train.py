@@ -32,7 +32,7 @@ from megatron_drpo.metrics.report import write_report
 from megatron_drpo.metrics.rollout_dump import write_index
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.platform import Platform, build_platform
-from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
+from megatron_drpo.policy.parallel import RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
@@ -97,9 +97,7 @@ def _build_leader(
 
     train_prompts = load(config.data.train_path).prompts
     source = PromptSource(train_prompts, shuffle=config.data.shuffle, seed=config.seed)
-    share = PromptShare(
-        source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size
-    )
+    share = PromptShare(source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size)
     if config.train.mode is Mode.sft:
         return share, DemonstrationExperience(share, tokenizer, stop_token_ids[0]), None
     rewards = stack.enter_context(RewardPool(config.reward))
@@ -121,9 +119,7 @@ def _build_leader(
 
 
 def _push(config: RolloutConfig, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
-    push_weights(
-        tensors, config.endpoints, policy_version=policy_version, timeout_s=config.request_timeout_s
-    )
+    push_weights(tensors, config.endpoints, policy_version=policy_version, timeout_s=config.request_timeout_s)
 
 
 def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
@@ -165,7 +161,9 @@ def main() -> None:
         config = load_config(sys.argv[1:])
         problems = check_config(config)
         if config.train.mode is Mode.rl and not config.rollout.endpoints:
-            problems.append("rollout.endpoints is empty: a rank starts no server; give the URLs of running ones")
+            problems.append(
+                "rollout.endpoints is empty: a rank starts no server; give the URLs of running ones"
+            )
         if problems:
             raise ConfigError(*problems)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

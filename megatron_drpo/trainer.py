@@ -66,13 +66,15 @@ class Trainer:
         self._publish_weights()
         if self.state.step == 0 and self._evaluates:
             self._report(0, self._evaluate())
+        self.timer.finish()
         for step in range(self.state.step, self.config.train.num_steps):
-            self.timer.finish()
             metrics = self._step(step)
             self.state.step = step + 1
             if self._evaluates and self._is_due(self.config.eval.every_steps):
                 metrics |= self._evaluate()
-            metrics |= self.timer.finish()
+            times = self.timer.finish()
+            times["throughput/tokens_per_s"] = metrics["data/num_tokens"] / times["time/step_s"]
+            metrics |= times
             self._report(step + 1, metrics)
             if self._is_due(self.config.checkpoint.save_every_steps):
                 self._save()
@@ -99,9 +101,12 @@ class Trainer:
         return self._sample_metrics(experience.statistics) | self._update_metrics(updates)
 
     def _collect(self, step: int) -> Experience:
-        if self.experience is None:
-            return Experience(sequences=[], statistics=SampleStatistics())
-        return self.experience.collect(step, self.state.policy_version, self.timer)
+        experience = Experience(sequences=[], statistics=SampleStatistics())
+        if self.experience is not None:
+            experience = self.experience.collect(step, self.state.policy_version, self.timer)
+        with self.timer.phase("rollout"):  # the slowest replica's
+            dist.barrier()
+        return experience
 
     def _publish_weights(self) -> None:
         """Give every server the current weights; collective, for the export gathers shards of all ranks."""
@@ -151,13 +156,16 @@ class Trainer:
     def _resume(self) -> None:
         path = self.checkpointer.find()
         if path is None:
+            if self.writer is not None:
+                self.writer.truncate(0)
             return
         self._phase("loading the checkpoint")
         self.state = self.checkpointer.load(path, self.policy)
         if self.share is not None:
             self.share.source.load_state_dict(self.state.cursor)
-        own = path.parent == self.checkpointer.folder
-        if self.writer is not None and own:
+        if path.parent != self.checkpointer.folder:  # another run's metrics are not ours
+            self.state.metrics_position = 0
+        if self.writer is not None:
             self.writer.truncate(self.state.metrics_position)
         if self.progress is not None:
             self.progress.message(f"continuing after step {self.state.step}, from {path}")

@@ -10,10 +10,12 @@ EXPECTED = (
     "Transformer Engine and Apex are not",
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    "`sequence_parallel` is set to",
+    "When using sequence parallelism it is recommended to set",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
 )
-"""How each begins."""
+"""How each begins; no commas, which PYTHONWARNINGS would split at."""
 
 
 def ignore_expected_warnings() -> None:

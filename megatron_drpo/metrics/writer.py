@@ -31,9 +31,9 @@ def w_bounds() -> list[float]:
 class MetricsWriter:
     """Appends to run_dir/metrics.jsonl and, if asked to, run_dir/tensorboard.
 
-    One JSON object per line: `step`, the number of steps finished, then the metrics. NaN and infinities are written as null, because JSON
-    has no name for them; readers see a gap. Opening a file
-    whose last line a crash cut short removes that line.
+    One JSON object per line: `step`, the number of steps finished, then the metrics. NaN and infinities are
+    written as null, because JSON has no name for them; readers see a gap. Opening a file whose last line a
+    crash cut short removes that line.
 
     Args:
         run_dir: exists or is made.

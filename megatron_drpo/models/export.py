@@ -103,6 +103,7 @@ class HfExporter:
 
     def _send(self, bucket: int) -> None:
         flat = torch.cat([source.values().reshape(-1).to(self._dtype) for source in self._sources[bucket]])
+        # NCCL allows a batch between some ranks of a group only after a collective of all: the plan's gather.
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, 0)]):
             work.wait()
 

@@ -30,7 +30,7 @@ def load_hf_weights(chunks: Sequence[GPTModel], folder: HfFolder, mapping: Param
     Raises:
         ModelError: a tensor is missing, unexpected, unused or has another shape; a parameter is not covered.
     """
-    mapping.check_hf({name: folder.shape(name) for name in folder.keys()}, str(folder.path))  # noqa: SIM118
+    mapping.check_hf({name: folder.shape(name) for name in folder}, str(folder.path))
     used: set[str] = set()
     filled: set[int] = set()
     for shard in iter_local_shards(chunks):
@@ -47,7 +47,8 @@ def _fill(shard: LocalShard, folder: HfFolder, mapping: ParameterMapping) -> set
     """Read one shard; the names of the HF tensors it came from."""
     tensor_map = mapping[shard.name]
     tensor_map.check_shape(shard.matrix_shape)
-    shard.rows(shard.row, shard.num_rows).zero_()
+    if tensor_map.padded:
+        shard.rows(shard.row, shard.num_rows).zero_()
     names: set[str] = set()
     for block in tensor_map.blocks(shard.row, shard.row + shard.num_rows):
         rows = slice(block.hf_row, block.hf_row + block.num_rows)

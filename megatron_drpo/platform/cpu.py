@@ -97,9 +97,6 @@ def _disable_compilation() -> None:
 
     https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/jit.py
     """
-    # It registers torch.cuda's functions by identity when it is imported: before they are replaced.
-    import torch._dynamo
-
     torch.compiler.set_stance("force_eager")
 
 
@@ -110,8 +107,21 @@ def _replace_cuda_runtime() -> None:
     https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/tensor_parallel/random.py
     """
 
-    def nothing(*_: object, **__: object) -> None:
-        return None
+    # A function of its own for every name: torch._dynamo refuses one object under two of them.
+    def no_op() -> Callable[..., None]:
+        def nothing(*_: object, **__: object) -> None:
+            return None
+
+        return nothing
+
+    def stream_factory() -> Callable[..., _Stream]:
+        def new_stream(*_: object, **__: object) -> _Stream:
+            return _Stream()
+
+        return new_stream
+
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
 
     def get_rng_state(*_: object, **__: object) -> torch.Tensor:
         return torch.get_rng_state()
@@ -122,25 +132,22 @@ def _replace_cuda_runtime() -> None:
     def call_now(function: Callable[[], None], **_: object) -> None:
         function()
 
-    def new_stream(*_: object, **__: object) -> _Stream:
-        return _Stream()
-
     def stream_context(_: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     replacements: dict[str, Any] = {
         "Stream": _Stream,
         "Event": _Event,
-        "current_stream": new_stream,
-        "default_stream": new_stream,
+        "current_stream": stream_factory(),
+        "default_stream": stream_factory(),
         "stream": stream_context,
         "current_device": lambda: torch.device("cpu"),
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_device": no_op(),
+        "synchronize": no_op(),
+        "empty_cache": no_op(),
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
-        "manual_seed": torch.manual_seed,
+        "manual_seed": manual_seed,
         "_lazy_call": call_now,
         "default_generators": {torch.device("cpu"): torch.default_generator},
     }
@@ -248,7 +255,9 @@ def _write_checkpoints_in_process(writer: Any) -> None:
     """
     results: queue.Queue[Any] = queue.Queue()
 
-    def write(transforms: Any, use_msc: bool, rank: int, buckets: Any, global_results: queue.Queue[Any]) -> None:
+    def write(
+        transforms: Any, use_msc: bool, rank: int, buckets: Any, global_results: queue.Queue[Any]
+    ) -> None:
         local_results: queue.Queue[Any] = queue.Queue()
         pending: queue.Queue[int] = queue.Queue()
         for index, bucket in enumerate(buckets):

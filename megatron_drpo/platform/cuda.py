@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +19,8 @@ class CudaPlatform:
 
     def prepare(self, local_rank: int) -> torch.device:
         require_supported()
+        # Megatron overlaps communication with GEMMs by issue order, which one queue keeps.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 

@@ -135,9 +135,7 @@ class TrainForward:
         self, micro_batch: MicroBatch, result: LogprobOutput
     ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchResult]:
         mask = micro_batch.loss_mask_T
-        values = self.loss.value(
-            result.logprobs_T, micro_batch.rollout_logprobs_T, micro_batch.advantages_T
-        )
+        values = self.loss.value(result.logprobs_T, micro_batch.rollout_logprobs_T, micro_batch.advantages_T)
         # where, not multiplication: a masked token contributes 0 whatever its value.
         total = torch.where(mask, values * micro_batch.token_weights_T, 0.0).sum()
         if not torch.isfinite(total):

@@ -69,6 +69,12 @@ def _expert_problems(parallel: ParallelConfig, architecture: ArchitectureConfig)
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} must divide "
             f"the model's moe_intermediate_size, {width}"
         )
+    if parallel.expert_parallel_size == 1 and parallel.expert_tensor_parallel_size != parallel.tensor_parallel_size:
+        problems.append(
+            f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} must equal "
+            f"tensor_parallel_size={parallel.tensor_parallel_size} while expert_parallel_size is 1 (Megatron then "
+            "reduces expert gradients like dense ones, and would leave out the other tensor-parallel ranks')"
+        )
     if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:
         problems.append(
             f"parallel.tensor_parallel_size={parallel.tensor_parallel_size} with a mixture-of-experts model "
@@ -184,7 +190,9 @@ class ParallelState:
         box = [value]
         leader = dist.get_global_rank(self.model_group, 0)
         if self.is_leader and self.rank != leader:
-            raise PlatformError(f"rank {self.rank} leads its replica, but its group starts with rank {leader}")
+            raise PlatformError(
+                f"rank {self.rank} leads its replica, but its group starts with rank {leader}"
+            )
         dist.broadcast_object_list(box, src=leader, group=self.model_group, device=self.device)
         return box[0]
 

@@ -115,7 +115,9 @@ class Policy:
         loss, diagnostics = self._reduce(results)
         norm = 0.0 if grad_norm is None else float(grad_norm)
         if not math.isfinite(norm):
-            raise NumericsError(f"rank {self.parallel.rank}: the gradient norm of update {self.num_updates} is {norm}")
+            raise NumericsError(
+                f"rank {self.parallel.rank}: the gradient norm of update {self.num_updates} is {norm}"
+            )
         return UpdateResult(loss=loss, grad_norm=norm, lr=lr, diagnostics=diagnostics)
 
     @torch.no_grad()

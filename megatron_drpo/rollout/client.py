@@ -57,6 +57,7 @@ class SGLangClient:
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # the whole attempt has its own limit
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
             trust_env=False,  # a proxy for the internet is no way to a rollout server
+            verify=self.endpoint.startswith("https:"),  # loading the certificates takes 20 ms
         )
 
     async def __aenter__(self) -> Self:
@@ -88,7 +89,9 @@ class SGLangClient:
         for request in requests:
             outside = [i for i in request.token_ids if not 0 <= i < vocab_size]
             if outside:
-                raise RolloutError(f"request {request.rid}: input id {outside[0]} is not in 0..{vocab_size - 1}")
+                raise RolloutError(
+                    f"request {request.rid}: input id {outside[0]} is not in 0..{vocab_size - 1}"
+                )
 
         def body() -> dict[str, Any]:
             attempt = uuid.uuid4().hex[:8]  # a server refuses the id of a request it still runs
@@ -143,7 +146,7 @@ class SGLangClient:
         """Send one bucket.
 
         Args:
-            payload: from `weight_sync.wire.encode_bucket`; every tensor-parallel rank gets the same full tensors.
+            payload: from `weight_sync.wire.encode_bucket`; every tensor-parallel rank gets the same tensors.
             weight_version: the version from now on; give it with the last bucket only.
         """
         payloads = b",".join([b'"' + payload + b'"'] * tp_size)
@@ -151,7 +154,11 @@ class SGLangClient:
         # flush_cache false: a refused flush would fail the update, and extra_key keeps the versions apart.
         await self._update(
             "/update_weights_from_tensor",
-            b'{"serialized_named_tensors":[' + payloads + b'],"flush_cache":false,"weight_version":' + version + b"}",
+            b'{"serialized_named_tensors":['
+            + payloads
+            + b'],"flush_cache":false,"weight_version":'
+            + version
+            + b"}",
         )
 
     async def end_weight_update(self) -> None:

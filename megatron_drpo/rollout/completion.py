@@ -64,8 +64,8 @@ def _policy_versions(meta: dict[str, Any], num_tokens: int, newest_version: int,
         version = str(span["version"])
         if not version.isdecimal() or int(version) > newest_version:
             raise RolloutError(
-                f"{where}: weight version {span['version']!r} is not one of the trainer's (0..{newest_version}); "
-                "a token never carries an unknown policy version"
+                f"{where}: weight version {span['version']!r} is not one of the trainer's, "
+                f"0..{newest_version}; a token never carries an unknown policy version"
             )
         if span["start"] != len(versions):
             break

@@ -67,8 +67,8 @@ class RolloutEngine:
         """Return when every server answers /health.
 
         Raises:
-            RolloutError: names the servers that do not in time, or, with `config.deterministic`, a server that
-                was not started for it.
+            RolloutError: names the servers that do not in time, or, with `config.deterministic`, a server
+                that was not started for it.
         """
         self._run(self._wait_until_ready(timeout_s))
 
@@ -210,7 +210,9 @@ class RolloutEngine:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             names = ", ".join(client.endpoint for client in waiting)
-            raise RolloutError(f"rollout server {names}: /health did not answer within {timeout_s:g} s") from None
+            raise RolloutError(
+                f"rollout server {names}: /health did not answer within {timeout_s:g} s"
+            ) from None
         if self._config.deterministic:
             await self._check_deterministic()
 
@@ -219,8 +221,8 @@ class RolloutEngine:
             info = await client.server_info()
             if not info.get("enable_deterministic_inference"):
                 raise RolloutError(
-                    f"{client.endpoint}: rollout.deterministic=true needs a server started with --deterministic "
-                    "(SGLang: --enable-deterministic-inference)"
+                    f"{client.endpoint}: rollout.deterministic=true needs a server started with "
+                    "--deterministic (SGLang: --enable-deterministic-inference)"
                 )
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

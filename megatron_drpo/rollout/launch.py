@@ -84,7 +84,7 @@ class EmbeddedServers:
         """Start all servers and wait until they answer /health.
 
         Raises:
-            RolloutError: a server that died or did not answer within rollout.startup_timeout_s, with the end of
+            RolloutError: a server died or did not answer within rollout.startup_timeout_s; shows the end of
                 its log. None is left running then.
         """
         try:
@@ -101,7 +101,9 @@ class EmbeddedServers:
         for server in self._servers:
             code = server.process.poll()
             if code is not None:
-                raise RolloutError(f"{server.name} ({server.endpoint}) died, exit code {code}; {server.log_tail()}")
+                raise RolloutError(
+                    f"{server.name} ({server.endpoint}) died, exit code {code}; {server.log_tail()}"
+                )
 
     def stop(self) -> None:
         """End all servers; harmless when there are none."""
@@ -136,7 +138,13 @@ class EmbeddedServers:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[sock.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": str(embedded.num_threads), "HF_HUB_OFFLINE": "1"},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(embedded.num_threads),
+                    # Threads that spin while they wait make a machine with fewer cores than threads crawl.
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "HF_HUB_OFFLINE": "1",
+                },
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then stops the servers
             )
         return _Server(f"rollout server {index}", f"http://{host}:{port}", log_path, process)
@@ -149,8 +157,8 @@ class EmbeddedServers:
                     self.check()
                     if time.monotonic() > deadline:
                         raise RolloutError(
-                            f"{server.name} ({server.endpoint}) did not answer within rollout.startup_timeout_s="
-                            f"{self._config.startup_timeout_s:g}; {server.log_tail()}"
+                            f"{server.name} ({server.endpoint}) did not answer within rollout."
+                            f"startup_timeout_s={self._config.startup_timeout_s:g}; {server.log_tail()}"
                         )
                     time.sleep(_POLL_S)
 

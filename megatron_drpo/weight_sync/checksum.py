@@ -13,7 +13,7 @@ _MODULUS = 2**64
 def tensor_digest(name: str, tensor: torch.Tensor) -> int:
     """64-bit BLAKE2b of a CPU tensor's name, dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=8)
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "big")
 
 

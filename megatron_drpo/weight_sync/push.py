@@ -13,6 +13,7 @@ from megatron_drpo.weight_sync.checksum import WeightsChecksum
 from megatron_drpo.weight_sync.wire import encode_bucket
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Bucket = list[tuple[str, torch.Tensor]]
 DEFAULT_BUCKET_BYTES = 256 * 2**20
 
 
@@ -71,7 +72,9 @@ async def _push(
             for client, tp_size in zip(clients, tp_sizes, strict=True)
         )
     await run_all(client.end_weight_update() for client in clients)
-    await run_all(_verify(client, version, checksum.hexdigest() if verify_checksum else None) for client in clients)
+    await run_all(
+        _verify(client, version, checksum.hexdigest() if verify_checksum else None) for client in clients
+    )
 
 
 async def _verify(client: SGLangClient, version: str, checksum: str | None) -> None:
@@ -88,22 +91,21 @@ async def _verify(client: SGLangClient, version: str, checksum: str | None) -> N
         )
 
 
-def _buckets(tensors: NamedTensors, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    bucket: list[tuple[str, torch.Tensor]] = []
+def _buckets(tensors: NamedTensors, bucket_bytes: int) -> Iterator[Bucket]:
+    bucket: Bucket = []
     size = 0
     for name, tensor in tensors:
         if bucket and size + tensor.nbytes > bucket_bytes:
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append((name, tensor))
         size += tensor.nbytes
     if bucket:
         yield bucket
 
 
-def _mark_last(
-    buckets: Iterator[list[tuple[str, torch.Tensor]]],
-) -> Iterator[tuple[list[tuple[str, torch.Tensor]], bool]]:
+def _mark_last(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
     """Each bucket with whether it is the last; holds two at a time."""
     current = next(buckets, None)
     while current is not None:

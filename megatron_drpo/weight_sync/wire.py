@@ -100,15 +100,16 @@ def _load_storage(data: bytes) -> torch.TypedStorage | torch.UntypedStorage:
     return storage
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch.storage", "_load_from_bytes"): _load_storage,
-        ("collections", "OrderedDict"): OrderedDict,
-    }
+_ALLOWED_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+    ("collections", "OrderedDict"): OrderedDict,
+}
 
+
+class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        allowed = self._ALLOWED.get((module_name, global_name))
+        allowed = _ALLOWED_GLOBALS.get((module_name, global_name))
         if allowed is None:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed in a tensor payload")
         return allowed

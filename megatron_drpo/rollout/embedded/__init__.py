@@ -1,6 +1,7 @@
-"""The embedded server: a subset of SGLang's native HTTP API on top of `transformers`, for machines without SGLang.
+"""The embedded server: a subset of SGLang's native HTTP API on top of `transformers`.
 
-Start it with `python -m megatron_drpo.rollout.embedded --model-path FOLDER --port 30000`. From the outside in:
-`app.py` HTTP, `protocol.py` what requests and responses look like, `generator.py` the decode loop,
-`runner.py` the model and its key/value cache, `sampling.py`, `weights.py`.
+For machines without SGLang: `python -m megatron_drpo.rollout.embedded --model-path FOLDER --port 30000`.
+From the outside in: `server.py` puts the parts together, `app.py` is HTTP, `protocol.py` what requests and
+responses look like, `generator.py` the decode loop, `runner.py` the model and its key/value cache,
+`sampling.py` next tokens, `weights.py` updates.
 """

@@ -9,6 +9,7 @@ import threading
 import time
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
 
@@ -21,6 +22,7 @@ def main() -> None:
     if arguments.parent_pid is not None:
         threading.Thread(target=_exit_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     torch.set_num_threads(arguments.num_threads)
+    disable_progress_bar()
     with _listen(arguments) as sock:
         server = EmbeddedServer(
             model_path=arguments.model_path,

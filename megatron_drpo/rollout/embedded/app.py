@@ -25,7 +25,9 @@ T = TypeVar("T")
 class EmbeddedApp:
     """The endpoints; paths and JSON as SGLang's."""
 
-    def __init__(self, generator: Generator, store: WeightStore, limits: ModelLimits, model_path: str) -> None:
+    def __init__(
+        self, generator: Generator, store: WeightStore, limits: ModelLimits, model_path: str
+    ) -> None:
         self._generator = generator
         self._store = store
         self._limits = limits

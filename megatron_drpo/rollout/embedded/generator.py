@@ -70,7 +70,7 @@ class Generator:
         return self._thread.is_alive()
 
     def submit(self, requests: list[SampleRequest]) -> Future[list[SampleResult]]:
-        """Generate all samples; the future has the results in order, or RolloutError for non-finite logits."""
+        """Generate all samples; the future has them in order, or RolloutError if logits are not finite."""
         batch = _Batch(requests)
         self._post(lambda: self._waiting.extend((batch, result) for result in batch.results))
         return batch.future
@@ -139,16 +139,15 @@ class Generator:
         """Fill free rows from the waiting samples, in order."""
         if not self._active:
             self._runner.reset()
-        admitted: list[tuple[_Batch, SampleResult]] = []
-        while self._waiting and len(self._active) + len(admitted) < self._num_slots:
-            running = [*self._active, *admitted][-1:]
-            if self.deterministic and running and running[0][0] is not self._waiting[0][0]:
+        first = len(self._active)
+        while self._waiting and len(self._active) < self._num_slots:
+            next_batch, _ = self._waiting[0]
+            if self.deterministic and self._active and self._active[0][0] is not next_batch:
                 break
-            admitted.append(self._waiting.popleft())
-        if admitted:
-            rows = range(len(self._active), len(self._active) + len(admitted))
-            self._runner.prefill([result.request.prompt for _, result in admitted], list(rows))
-            self._active.extend(admitted)
+            self._active.append(self._waiting.popleft())
+        if len(self._active) > first:
+            prompts = [result.request.prompt for _, result in self._active[first:]]
+            self._runner.prefill(prompts, rows=list(range(first, len(self._active))))
             self._sampling = None
 
     @torch.inference_mode()

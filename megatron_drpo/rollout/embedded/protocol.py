@@ -6,6 +6,8 @@ https://docs.sglang.io/basic_usage/sampling_params.html.
 
 from __future__ import annotations
 
+import math
+import secrets
 import uuid
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -51,9 +53,10 @@ class SampleResult:
     finish_reason: dict[str, Any] | None = None
 
     def close_span(self, version: str) -> None:
-        """Attribute all tokens since the last span to `version`."""
+        """Attribute all tokens since the last span to `version`; a span may be empty only if it is alone."""
         start = self.version_spans[-1][2] if self.version_spans else 0
-        if len(self.token_ids) > start or not (self.version_spans or self.finish_reason is None):
+        is_alone = self.finish_reason is not None and not self.version_spans
+        if len(self.token_ids) > start or is_alone:
             self.version_spans.append((version, start, len(self.token_ids)))
 
 
@@ -138,20 +141,22 @@ def _parse_params(rid: str, params: dict[str, Any], limits: ModelLimits) -> Samp
         temperature=_value(rid, params, "temperature", float, 1.0),
         top_p=_value(rid, params, "top_p", float, 1.0),
         top_k=_value(rid, params, "top_k", int, -1),
-        seed=_value(rid, params, "sampling_seed", int, uuid.uuid4().int % 2**63),
+        seed=_value(rid, params, "sampling_seed", int, secrets.randbits(63)),
         stop_token_ids=frozenset()
         if _value(rid, params, "ignore_eos", bool, False)
         else limits.eos_token_ids.union(stops),
     )
-    broken = [
-        f"max_new_tokens={parsed.max_new_tokens} must be at least 1" * (parsed.max_new_tokens < 1),
-        f"temperature={parsed.temperature} must be finite and not negative"
-        * (not 0 <= parsed.temperature < float("inf")),
-        f"top_p={parsed.top_p} must be in (0, 1]" * (not 0 < parsed.top_p <= 1),
-        f"top_k={parsed.top_k} must be -1 or at least 1" * (parsed.top_k != -1 and parsed.top_k < 1),
-    ]
-    if any(broken):
-        raise BadRequest(f"request {rid}: {'; '.join(filter(None, broken))}")
+    rules = {
+        f"max_new_tokens={parsed.max_new_tokens} must be at least 1": parsed.max_new_tokens >= 1,
+        f"temperature={parsed.temperature} must be finite and not negative": 0
+        <= parsed.temperature
+        < math.inf,
+        f"top_p={parsed.top_p} must be in (0, 1]": 0 < parsed.top_p <= 1,
+        f"top_k={parsed.top_k} must be -1 or at least 1": parsed.top_k == -1 or parsed.top_k >= 1,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise BadRequest(f"request {rid}: {'; '.join(broken)}")
     return parsed
 
 

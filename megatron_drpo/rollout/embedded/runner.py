@@ -1,7 +1,7 @@
 """The model and its key/value cache: one row of the cache per active sequence.
 
-Dimensions: A active sequences, U unique prompts, L prompt tokens, K cached tokens, H key/value heads,
-D head size, V vocabulary.
+Dimensions: A active sequences, S slots, U unique prompts, R rows written, L prompt tokens, K cached tokens,
+H key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from megatron_drpo.errors import ModelError
 
@@ -28,15 +28,18 @@ def load_model(model_path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: an architecture whose attention this cache does not serve.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
-    )
-    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"} or getattr(model.config, "sliding_window", None) is not None:
-        raise ModelError(f"{model_path}: the embedded server has full attention only, not {layer_types}")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if kinds - {DynamicLayer}:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise ModelError(
+            f"{model_path}: the embedded server has full attention only; this model needs {names}"
+        )
     expert_weights = [p for p in model.parameters() if p.dim() == 3]
-    if any(p.stride(1) * p.element_size() % 16 for p in expert_weights):
-        model.set_experts_implementation("eager")  # grouped_mm wants rows of a multiple of 16 bytes
+    if expert_weights:
+        # grouped_mm is the fastest on a CPU, but wants rows of a multiple of 16 bytes.
+        aligned = all(p.stride(1) * p.element_size() % 16 == 0 for p in expert_weights)
+        model.set_experts_implementation("grouped_mm" if aligned else "eager")
     return model.eval().requires_grad_(False)
 
 
@@ -73,6 +76,7 @@ class ModelRunner:
             source = [u for u, prompt in enumerate(chunk) for _ in rows_of[prompt]]
             target = [row for prompt in chunk for row in rows_of[prompt]]
             for layer, new in zip(self._layers, computed.layers, strict=True):
+                assert isinstance(new, DynamicLayer)
                 assert new.keys is not None
                 assert new.values is not None
                 layer.write_prompts(new.keys[source], new.values[source], target)
@@ -113,14 +117,13 @@ def _chunks(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, H, capacity, D], written at a position per row."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
+    """Keys and values of one layer, [slots, H, capacity, D], written at one position per row."""
 
     def __init__(self, num_slots: int) -> None:
         super().__init__()
         self._num_slots = num_slots
+        self._keys_SHKD = torch.zeros(0)
+        self._values_SHKD = torch.zeros(0)
         self._positions_A: Int[torch.Tensor, " A"] = torch.zeros(0, dtype=torch.int64)
         self._rows_A = torch.zeros(0, dtype=torch.int64)
         self._length = 0
@@ -138,25 +141,25 @@ class _SlotLayer(CacheLayerMixin):
         rows: list[int],
     ) -> None:
         self._reserve(keys_RHLD, values_RHLD, keys_RHLD.shape[2])
-        self.keys[rows, :, : keys_RHLD.shape[2]] = keys_RHLD
-        self.values[rows, :, : keys_RHLD.shape[2]] = values_RHLD
+        self._keys_SHKD[rows, :, : keys_RHLD.shape[2]] = keys_RHLD
+        self._values_SHKD[rows, :, : keys_RHLD.shape[2]] = values_RHLD
 
     def move(self, source: int, target: int) -> None:
-        self.keys[target] = self.keys[source]
-        self.values[target] = self.values[source]
+        self._keys_SHKD[target] = self._keys_SHKD[source]
+        self._values_SHKD[target] = self._values_SHKD[source]
 
     def _reserve(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Make room for `length` tokens per row, with the heads and head sizes of the given tensors."""
         if not self.is_initialized:
-            self.keys = keys.new_zeros(self._num_slots, keys.shape[1], 0, keys.shape[3])
-            self.values = values.new_zeros(self._num_slots, values.shape[1], 0, values.shape[3])
+            self._keys_SHKD = keys.new_zeros(self._num_slots, keys.shape[1], 0, keys.shape[3])
+            self._values_SHKD = values.new_zeros(self._num_slots, values.shape[1], 0, values.shape[3])
             self.is_initialized = True
-        capacity = self.keys.shape[2]
+        capacity = self._keys_SHKD.shape[2]
         if length > capacity:
             new_capacity = -(-max(length, capacity * 2) // _GRANULE) * _GRANULE
             # Zeros, not garbage: a masked position still enters the product with the values, as 0 * value.
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, new_capacity - capacity))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, new_capacity - capacity))
+            self._keys_SHKD = torch.nn.functional.pad(self._keys_SHKD, (0, 0, 0, new_capacity - capacity))
+            self._values_SHKD = torch.nn.functional.pad(self._values_SHKD, (0, 0, 0, new_capacity - capacity))
 
     # ------------------------------------------------------------------- what transformers calls
 
@@ -166,12 +169,12 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [A, H, 1, D] at each row's position; returns the first `length` positions of rows 0 .. A-1."""
+        """Write [A, H, 1, D] at each row's position; the first `length` positions of rows 0 .. A-1."""
         self._reserve(key_states, value_states, self._length)
-        self.keys[self._rows_A, :, self._positions_A] = key_states[:, :, 0]
-        self.values[self._rows_A, :, self._positions_A] = value_states[:, :, 0]
+        self._keys_SHKD[self._rows_A, :, self._positions_A] = key_states[:, :, 0]
+        self._values_SHKD[self._rows_A, :, self._positions_A] = value_states[:, :, 0]
         num_rows = len(self._rows_A)
-        return self.keys[:num_rows, :, : self._length], self.values[:num_rows, :, : self._length]
+        return self._keys_SHKD[:num_rows, :, : self._length], self._values_SHKD[:num_rows, :, : self._length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length, 0

@@ -52,7 +52,7 @@ class SamplingBatch:
 
         Args:
             logits_AV: any float dtype.
-            num_sampled: tokens each sequence has sampled so far: with its seed, the only source of randomness.
+            num_sampled: tokens each sequence has so far: with its seed, the only source of randomness.
 
         Returns:
             Token ids (int64), and the natural log of their probabilities (float32) at the sequence's

@@ -44,10 +44,15 @@ class EmbeddedServer:
         )
 
     def serve(self, sock: socket.socket) -> None:
-        """Serve on a bound socket until `stop`, SIGINT or SIGTERM."""
+        """Serve on a bound socket until `stop`, SIGINT or SIGTERM.
+
+        Raises:
+            RuntimeError: the generator's thread has failed; its traceback is on stderr.
+        """
         self._uvicorn.run(sockets=[sock])
-        if self.generator.is_alive():
-            self.generator.close()
+        if not self.generator.is_alive():
+            raise RuntimeError("the generator has failed")
+        self.generator.close()
 
     def stop(self) -> None:
         """Make `serve` return; callable from any thread."""
@@ -56,11 +61,9 @@ class EmbeddedServer:
 
 def _limits(model: PreTrainedModel) -> ModelLimits:
     assert model.generation_config is not None
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = []
+    eos: int | list[int] | None = model.generation_config.eos_token_id
     return ModelLimits(
         vocab_size=model.config.vocab_size,
         max_tokens=model.config.max_position_embeddings,
-        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
+        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
     )

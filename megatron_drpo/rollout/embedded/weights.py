@@ -12,7 +12,7 @@ from megatron_drpo.weight_sync.checksum import WeightsChecksum
 
 
 class WeightStore:
-    """An update is staged between `begin` and `end` and takes effect as a whole in `commit`, or not at all."""
+    """An update is staged from `begin` to `end` and takes effect as a whole in `commit`, or not at all."""
 
     def __init__(self, model: nn.Module, hf_names: Iterable[str], version: str) -> None:
         """
@@ -27,7 +27,9 @@ class WeightStore:
         self._served = hf_views(model)
         unknown = sorted(self._served.keys() - set(hf_names))
         if unknown:
-            raise ModelError(f"the HF folder has no tensor {unknown[0]!r}: this model family is not supported")
+            raise ModelError(
+                f"the HF folder has no tensor {unknown[0]!r}: this model family is not supported"
+            )
         self._staged: dict[str, torch.Tensor] | None = None
         self._staged_version: str | None = None
 
@@ -64,7 +66,9 @@ class WeightStore:
         """
         missing = sorted(self._served.keys() - self._open_update().keys())
         if missing:
-            raise WeightSyncError(f"weight update: {len(missing)} tensors are missing, the first {missing[0]!r}")
+            raise WeightSyncError(
+                f"weight update: {len(missing)} tensors are missing, the first {missing[0]!r}"
+            )
         if self._staged_version is None:
             raise WeightSyncError("weight update: no weight_version was given")
 

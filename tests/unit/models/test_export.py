@@ -177,7 +177,7 @@ def test_two_ranks_and_saving(
     check_layouts(TWO_RANKS, [exported for exported, _ in ranks], hf_model)
     source, written = HfFolder(path), HfFolder(out)
     assert set(written.keys()) == set(source.keys())
-    assert all(torch.equal(written.get(name), source.get(name)) for name in source.keys())  # noqa: SIM118
+    assert all(torch.equal(written.get(name), source.get(name)) for name in source)
     assert (out / "config.json").read_text() == (path / "config.json").read_text()
     missing = "HF tensor 'model.norm.weight': all ranks together hold 0 of 64 elements"
     assert [error for _, error in ranks] == [missing, missing]

@@ -1,0 +1,155 @@
+"""Settings and fixtures of all unit tests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import settings
+
+from megatron_drpo.config import ParallelConfig, PlatformName
+from megatron_drpo.platform import Platform, build_platform
+from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
+from megatron_drpo.types import TrainSequence
+
+# A deadline per example measures how busy the machine is.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def cpu_platform() -> Platform:
+    """The CPU platform, prepared: this process can run Megatron from here on."""
+    platform = build_platform(PlatformName.cpu)
+    platform.prepare(0)
+    return platform
+
+
+@pytest.fixture(scope="session")
+def one_rank(cpu_platform: Platform) -> Iterator[ParallelState]:
+    """This process as the only rank of a run, with Megatron's process groups."""
+    yield initialise_parallel(ParallelConfig(), cpu_platform.backend, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def make_sequences() -> Callable[..., list[TrainSequence]]:
+    """`make_sequences(lengths, vocab_size=101)`: random sequences, the same every time.
+
+    A sequence of L tokens has a prompt of about a third of them; logprobs are off-policy, advantages
+    uncentred, and one response token in seven is masked.
+    """
+
+    def make(lengths: list[int], vocab_size: int = 101) -> list[TrainSequence]:
+        generator = torch.Generator().manual_seed(sum(lengths))
+        sequences = []
+        for number, length in enumerate(lengths):
+            prompt_length = max(1, length // 3)
+            num_response = length - prompt_length
+            uniform = torch.rand(num_response, generator=generator)
+            sequences.append(
+                TrainSequence(
+                    id=number,
+                    token_ids=torch.randint(0, vocab_size, (length,), generator=generator),
+                    prompt_length=prompt_length,
+                    advantages=torch.full((num_response,), 0.3 + 0.5 * (number % 3)),
+                    rollout_logprobs=-5.0 * uniform - 0.5,
+                    loss_mask=torch.arange(num_response) % 7 != 3,
+                )
+            )
+        return sequences
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------- servers
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF folder of a random Qwen3-MoE: 2 layers, 4 experts, 64 tokens, 256 positions; tokens are words t0 .. t63."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny_moe")
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def serve_app() -> Iterator[Callable[[Any], str]]:
+    """`serve_app(asgi_app)`: serve it until the session ends; its base URL."""
+    import uvicorn
+
+    with ExitStack() as stack:
+
+        def serve(app: Any) -> str:
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+            )
+
+            def stop() -> None:
+                server.should_exit = True
+
+            return _serve_in_thread(stack, lambda sock: server.run(sockets=[sock]), stop)
+
+        yield serve
+
+
+@pytest.fixture(scope="session")
+def serve(tiny_moe: Path) -> Iterator[Serve]:
+    """`serve(num_slots=8, deterministic=False)`: an embedded server of `tiny_moe`, version 0; its base URL."""
+    import torch
+
+    from megatron_drpo.rollout.embedded.server import EmbeddedServer
+
+    with ExitStack() as stack:
+
+        def serve(*, num_slots: int = 8, deterministic: bool = False) -> str:
+            server = EmbeddedServer(
+                model_path=tiny_moe, dtype=torch.float32, num_slots=num_slots, deterministic=deterministic
+            )
+            return _serve_in_thread(stack, server.serve, server.stop)
+
+        yield serve
+
+
+def _serve_in_thread(stack: ExitStack, run: Callable[[socket.socket], None], stop: Callable[[], None]) -> str:
+    sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    thread = threading.Thread(target=run, args=(sock,))
+    thread.start()
+    stack.callback(thread.join, 10.0)
+    stack.callback(stop)
+    return f"http://127.0.0.1:{sock.getsockname()[1]}"
