@@ -7,13 +7,16 @@
             rng.pt              one RNG state per rank
 
 A checkpoint is written under a temporary name and renamed when complete; `latest` is replaced
-atomically afterwards. A kill at any moment leaves the previous checkpoint in force.
+atomically afterwards. A kill at any moment leaves the previous checkpoint in force. What is deleted gets a
+temporary name first, so that every folder called `step_*` is complete.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_drpo.config import CheckpointConfig
 from megatron_drpo.errors import CheckpointError
@@ -34,6 +38,16 @@ _RUN_STATE = "run_state.json"
 _RNG = "rng.pt"
 _PARTIAL = ".partial_"
 _FORMAT_VERSION = 1
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    CheckpointingException,
+    CheckpointException,
+)
+_WRITE_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException)
+"""torch reports a full disk as RuntimeError, and what other ranks met as CheckpointException."""
 
 
 @dataclass(kw_only=True)
@@ -62,7 +76,19 @@ class Checkpointer:
         self.folder = Path(run_dir) / "checkpoints"
 
     def find(self) -> Path | None:
-        """The checkpoint to continue from: run_dir's latest, else `checkpoint.load_path`, else none."""
+        """The checkpoint to continue from: run_dir's latest, else `checkpoint.load_path`, else none.
+
+        Collective: all ranks go by what global rank 0 sees, for a network file system may show them different
+        states of `latest`.
+
+        Raises:
+            CheckpointError: it is not complete.
+        """
+        found = [self._find() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _find(self) -> Path | None:
         latest = self.folder / "latest"
         if self.config.resume and latest.is_file():
             path = self.folder / latest.read_text().strip()
@@ -70,9 +96,19 @@ class Checkpointer:
             path = Path(self.config.load_path)
         else:
             return None
-        if not (path / _RUN_STATE).is_file():
-            raise CheckpointError(f"{path} is not a complete checkpoint: {_RUN_STATE} is missing")
+        if path.name.startswith(_PARTIAL) or not (path / _RUN_STATE).is_file():
+            raise CheckpointError(
+                f"{path} is not a complete checkpoint: choose another with checkpoint.load_path"
+            )
         return path
+
+    def is_own(self, path: Path) -> bool:
+        """It was written by the run in this run_dir."""
+        return path.resolve().parent == self.folder.resolve()
+
+    def withdraw_latest(self) -> None:
+        """The run starts anew: what an earlier one in run_dir saved is no longer in force. On global rank 0."""
+        (self.folder / "latest").unlink(missing_ok=True)
 
     def save(self, policy: Policy, state: RunState) -> Path:
         """Collective. Returns the new checkpoint's folder.
@@ -89,8 +125,9 @@ class Checkpointer:
                     shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
         dist.barrier()
+        tensors = policy.sharded_state(is_loading=False)
         with _writing(final):
-            dist_checkpointing.save(policy.sharded_state(is_loading=False), str(partial))
+            dist_checkpointing.save(tensors, str(partial))
         rng_states = _gather_rng_states()
         if is_main:
             state.optimizer_step = policy.optimizer_step
@@ -107,16 +144,30 @@ class Checkpointer:
         for file in partial.iterdir():
             _flush_to_disk(file)
         _flush_to_disk(partial)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # saved by a kill's victim or by an earlier run: `latest` does not name it
+            self._delete(final)
         partial.rename(final)
+        _flush_to_disk(self.folder)
         pointer = self.folder / ".latest"
         pointer.write_text(final.name + "\n")
         _flush_to_disk(pointer)
         pointer.replace(self.folder / "latest")
         _flush_to_disk(self.folder)
-        for old in sorted(self.folder.glob("step_*"))[: -self.config.keep_last]:
-            shutil.rmtree(old)
+        for folder in self._steps_until(final)[: -self.config.keep_last]:
+            self._delete(folder)
+
+    def _steps_until(self, newest: Path) -> list[Path]:
+        """Oldest first. Later steps were saved before the run was started over: they are nobody's to delete."""
+        steps = {
+            int(match[1]): path
+            for path in self.folder.iterdir()
+            if (match := re.fullmatch(r"step_(\d+)", path.name))
+        }
+        last = int(newest.name.removeprefix("step_"))
+        return [steps[step] for step in sorted(steps) if step <= last]
+
+    def _delete(self, folder: Path) -> None:
+        shutil.rmtree(folder.rename(self.folder / f"{_PARTIAL}deleted_{folder.name}"))
 
     def load(self, path: Path, policy: Policy) -> RunState:
         """Collective. Puts weights, optimizer and RNG back, under this run's layout.
@@ -126,12 +177,14 @@ class Checkpointer:
         """
         state = read_run_state(path)
         _check_architecture(path, state.architecture, asdict(policy.architecture))
+        wanted = policy.sharded_state(is_loading=True)
         try:
-            loaded = dist_checkpointing.load(policy.sharded_state(is_loading=True), str(path))
-        except (CheckpointingException, OSError, EOFError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            loaded: Any = dist_checkpointing.load(wanted, str(path))
+            rng_states = torch.load(path / _RNG, weights_only=True)
+        except _READ_ERRORS as error:
+            raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
         policy.load_state(loaded, optimizer_step=state.optimizer_step, num_updates=state.num_updates)
-        _restore_rng_state(path / _RNG)
+        _restore_rng_state(rng_states)
         return state
 
 
@@ -141,31 +194,46 @@ def read_run_state(path: Path) -> RunState:
     Raises:
         CheckpointError: not readable, or written by another format version.
     """
+    file = path / _RUN_STATE
     try:
-        values = json.loads((path / _RUN_STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / _RUN_STATE} cannot be read: {error}") from error
-    if values.get("format_version") != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {values.get('format_version')}, this program reads {_FORMAT_VERSION}"
-        )
-    return RunState(**values)
+        values = json.loads(file.read_text())
+        version = values.pop("format_version")
+        if version == _FORMAT_VERSION:
+            return RunState(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    raise CheckpointError(f"{path}: format version {version}, this program reads {_FORMAT_VERSION}")
 
 
 def _check_architecture(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    current = json.loads(json.dumps(current))
-    differing = [key for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]
+    there, here = _flatten(saved), _flatten(json.loads(json.dumps(current)))
+    differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     if differing:
-        details = ", ".join(f"{key}: {saved.get(key)} there, {current.get(key)} here" for key in differing)
+        details = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing)
         raise CheckpointError(f"{path} is a checkpoint of another model ({details})")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, CheckpointingException) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    except _WRITE_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The message; of the errors of several ranks, the first one's, without its traceback."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {first}"
+    return str(error)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -183,8 +251,7 @@ def _gather_rng_states() -> list[torch.Tensor]:
     return states or []
 
 
-def _restore_rng_state(path: Path) -> None:
+def _restore_rng_state(states: list[torch.Tensor]) -> None:
     """Per rank; under another number of ranks the states have no owner and are left out."""
-    states = torch.load(path, weights_only=True)
     if len(states) == dist.get_world_size():
         torch.set_rng_state(states[dist.get_rank()])

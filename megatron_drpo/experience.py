@@ -139,7 +139,8 @@ class RolloutExperience:
         shaped = torch.tensor(rewards) + torch.tensor(overlong.penalties)
         advantages_PG = compute_advantages(shaped.reshape(len(groups), -1), self._config.algorithm.advantage)
         statistics = SampleStatistics()
-        sequences, records = [], []
+        sequences: list[TrainSequence] = []
+        records: list[RolloutRecord] = []
         samples = zip(rollouts, rewards, advantages_PG.flatten().tolist(), overlong.left_out, strict=True)
         for number, (rollout, reward, advantage, left_out) in enumerate(samples):
             truncated = rollout.finish_reason is not FinishReason.stop

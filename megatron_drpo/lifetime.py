@@ -6,6 +6,9 @@ import ctypes
 import os
 import signal
 
+SUPERVISOR_PID = "MEGATRON_DRPO_SUPERVISOR_PID"
+"""Environment variable of ranks that were started by the supervisor, which is their parent."""
+
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 

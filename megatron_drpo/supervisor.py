@@ -18,6 +18,7 @@ from megatron_drpo.check import check_config
 from megatron_drpo.config import Config, Mode, RolloutEngineName
 from megatron_drpo.config_io import to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError, RankError
+from megatron_drpo.lifetime import SUPERVISOR_PID
 from megatron_drpo.rollout.launch import EmbeddedServers
 
 
@@ -63,6 +64,7 @@ def _run_ranks(config: Config, endpoints: list[str]) -> None:
     """torchrun's own API on this machine; rank 0 speaks to the terminal, the others to files."""
     num_ranks = config.parallel.world_size
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[SUPERVISOR_PID] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logs = DefaultLogsSpecs(
         log_dir=str(Path(config.run_dir) / "logs"),

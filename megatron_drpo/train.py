@@ -27,6 +27,7 @@ from megatron_drpo.experience import (
     PromptShare,
     RolloutExperience,
 )
+from megatron_drpo.lifetime import SUPERVISOR_PID, die_with_parent
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.report import write_report
 from megatron_drpo.metrics.rollout_dump import write_index
@@ -157,6 +158,8 @@ def _write_summary(config: Config) -> None:
 
 def main() -> None:
     """Load and check the configuration, then run; any error of ours is one message and exit status 1."""
+    if SUPERVISOR_PID in os.environ:
+        die_with_parent(int(os.environ[SUPERVISOR_PID]))
     try:
         config = load_config(sys.argv[1:])
         problems = check_config(config)

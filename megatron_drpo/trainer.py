@@ -16,7 +16,7 @@ from megatron_drpo.experience import Evaluator, Experience, ExperienceSource, Pr
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
-from megatron_drpo.metrics.rollout_dump import write_rollouts
+from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
@@ -59,6 +59,8 @@ class Trainer:
         self.progress = progress
         self.state = RunState()
         self.timer = StepTimer()
+        self.num_tokens = 0.0
+        """Prompt and response tokens of the latest step."""
 
     def run(self) -> None:
         """From where the run stands to `train.num_steps`, then the final export."""
@@ -73,7 +75,7 @@ class Trainer:
             if self._evaluates and self._is_due(self.config.eval.every_steps):
                 metrics |= self._evaluate()
             times = self.timer.finish()
-            times["throughput/tokens_per_s"] = metrics["data/num_tokens"] / times["time/step_s"]
+            times["throughput/tokens_per_s"] = self.num_tokens / times["time/step_s"]
             metrics |= times
             self._report(step + 1, metrics)
             if self._is_due(self.config.checkpoint.save_every_steps):
@@ -120,6 +122,8 @@ class Trainer:
             else:
                 for _ in tensors:
                     pass
+            # No replica samples before every server has the new weights: after a start they hold older ones.
+            dist.barrier()
 
     # ------------------------------------------------------------------------------------ now and then
 
@@ -155,20 +159,23 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self.checkpointer.find()
-        if path is None:
-            if self.writer is not None:
-                self.writer.truncate(0)
-            return
-        self._phase("loading the checkpoint")
-        self.state = self.checkpointer.load(path, self.policy)
-        if self.share is not None:
-            self.share.source.load_state_dict(self.state.cursor)
-        if path.parent != self.checkpointer.folder:  # another run's metrics are not ours
-            self.state.metrics_position = 0
+        own = path is not None and self.checkpointer.is_own(path)
+        if path is not None:
+            self._phase("loading the checkpoint")
+            self.state = self.checkpointer.load(path, self.policy)
+            if self.share is not None:
+                self.share.source.load_state_dict(self.state.cursor)
+            if self.progress is not None:
+                self.progress.message(f"continuing after step {self.state.step}, from {path}")
         if self.writer is not None:
-            self.writer.truncate(self.state.metrics_position)
-        if self.progress is not None:
-            self.progress.message(f"continuing after step {self.state.step}, from {path}")
+            self._forget_after(self.state if own else RunState(), self.writer)
+
+    def _forget_after(self, state: RunState, writer: MetricsWriter) -> None:
+        """What run_dir holds of later steps is void: they are run again."""
+        writer.truncate(state.metrics_position)
+        delete_rollouts(self.config.run_dir, after_step=state.step)
+        if not self.config.checkpoint.resume:
+            self.checkpointer.withdraw_latest()
 
     # ------------------------------------------------------------------------------------- what is seen
 
@@ -185,12 +192,13 @@ class Trainer:
     def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
         total = self._sum(statistics)
         count = max(total.num_samples, 1)
+        self.num_tokens = total.length_sum + total.num_prompt_tokens
         metrics: Metrics = {
             "response/length_mean": total.length_sum / count,
             "response/length_max": total.length_max,
             "response/truncated_share": total.num_truncated / count,
             "data/num_samples": total.num_samples,
-            "data/num_tokens": total.length_sum + total.num_prompt_tokens,
+            "data/num_tokens": self.num_tokens,
         }
         if self.config.train.mode is Mode.rl:
             mean = total.reward_sum / count

@@ -10,15 +10,20 @@ import pickle
 import runpy
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
+from megatron_drpo.config import ParallelConfig, PlatformName
+from megatron_drpo.platform import Platform, build_platform
+from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
+from megatron_drpo.types import TrainSequence
 from megatron_drpo.upstream_warnings import EXPECTED, ignore_expected_warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +39,8 @@ _GRACE_S = 2.0
 def pytest_configure(config: pytest.Config) -> None:
     """All warnings are errors, but for what Megatron-Core and torch say of themselves."""
     filters = [f"ignore:{start}" for start in EXPECTED]
-    filters += ["ignore::DeprecationWarning:megatron", "ignore::DeprecationWarning:torch"]
+    for category in ("DeprecationWarning", "FutureWarning"):
+        filters += [f"ignore::{category}:megatron", f"ignore::{category}:torch"]
     for line in filters:
         config.addinivalue_line("filterwarnings", line)
 
@@ -122,7 +128,22 @@ def _report(folder: Path, rank: int, exit_code: int | None) -> str:
     return f"---------- rank {rank} (exit code {exit_code}) ----------\n{output}"
 
 
-# ---------------------------------------------------------------------------------- models
+@pytest.fixture(scope="session")
+def cpu_platform() -> Platform:
+    """The CPU platform, prepared: this process can run Megatron from here on."""
+    platform = build_platform(PlatformName.cpu)
+    platform.prepare(0)
+    return platform
+
+
+@pytest.fixture(scope="session")
+def one_rank(cpu_platform: Platform) -> Iterator[ParallelState]:
+    """This process as the only rank of a run, with Megatron's process groups."""
+    yield initialise_parallel(ParallelConfig(), cpu_platform.backend, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------- models and data
 
 _SHAPE = {
     "vocab_size": 101,
@@ -172,3 +193,33 @@ def _save_model(name: str, path: Path) -> None:
                 parameter.uniform_(0.5, 1.5)
     dtype = torch.bfloat16 if name == "moe_bf16" else torch.float32
     model.to(dtype).save_pretrained(path)
+
+
+@pytest.fixture
+def make_sequences() -> Callable[..., list[TrainSequence]]:
+    """`make_sequences(lengths, vocab_size=101)`: random sequences, the same every time.
+
+    A sequence of L tokens has a prompt of about a third of them; logprobs are off-policy, advantages
+    uncentred, and one response token in seven is masked.
+    """
+
+    def make(lengths: list[int], vocab_size: int = 101) -> list[TrainSequence]:
+        generator = torch.Generator().manual_seed(sum(lengths))
+        sequences = []
+        for number, length in enumerate(lengths):
+            prompt_length = max(1, length // 3)
+            num_response = length - prompt_length
+            uniform = torch.rand(num_response, generator=generator)
+            sequences.append(
+                TrainSequence(
+                    id=number,
+                    token_ids=torch.randint(0, vocab_size, (length,), generator=generator),
+                    prompt_length=prompt_length,
+                    advantages=torch.full((num_response,), 0.3 + 0.5 * (number % 3)),
+                    rollout_logprobs=-5.0 * uniform - 0.5,
+                    loss_mask=torch.arange(num_response) % 7 != 3,
+                )
+            )
+        return sequences
+
+    return make

@@ -50,9 +50,7 @@ TIME_LIMIT_S = 1200.0
 
 LAYOUTS: dict[str, ParallelConfig] = {
     "single": ParallelConfig(),
-    "TP2+SP": ParallelConfig(
-        tensor_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2
-    ),
+    "TP2+SP": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2),
     "PP2": ParallelConfig(pipeline_parallel_size=2),
     "PP2xVPP2": ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2),
     "EP2": ParallelConfig(expert_parallel_size=2, data_parallel_size=2),
@@ -97,7 +95,6 @@ def all_cases() -> list[Case]:
     ]
 
 
-
 def build_config(case: Case, model_path: str) -> Config:
     """A run's configuration, of which only the policy is used here."""
     return Config(
@@ -133,9 +130,7 @@ def run_rank(rank: int, num_ranks: int, folder: str, cases: list[Case]) -> None:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
             store = dist.FileStore(f"{folder}/store_{number}", world_size)
             limit = timedelta(seconds=300)
-            dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
-            )
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
             outcomes.append(_run_case(case, folder, platform, device))
             dist.barrier()
             dist.destroy_process_group()
@@ -231,7 +226,8 @@ def write_reference(folder: Path) -> None:
     model = write_tiny_moe(folder)
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.config.vocab_size
-    sequences, logits = [], {}
+    sequences: list[dict[str, Any]] = []
+    logits: dict[int, torch.Tensor] = {}
     for number in range(NUM_SEQUENCES):
         prompt_length = int(torch.randint(1, 12, (), generator=generator))
         response_length = int(torch.randint(1, 40, (), generator=generator))
@@ -316,7 +312,7 @@ def main() -> int:
         writer = context.Process(target=write_reference, args=(Path(folder),))
         writer.start()
         writer.join()
-        ranks = mp.spawn(run_rank, args=(num_ranks, folder, cases), nprocs=num_ranks, join=False)
+        ranks: Any = mp.spawn(run_rank, args=(num_ranks, folder, cases), nprocs=num_ranks, join=False)
         deadline = time.monotonic() + TIME_LIMIT_S
         while not ranks.join(timeout=1):
             if time.monotonic() > deadline:

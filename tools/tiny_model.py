@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 models in HF folders, for tools, examples and tests: real architecture, a megabyte of weights."""
+"""A tiny random Qwen3-MoE in an HF folder, for tools and examples: a megabyte of weights."""
 
 from __future__ import annotations
 

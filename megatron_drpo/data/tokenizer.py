@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,9 +18,10 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{model_path}: no tokenizer can be loaded: {error}") from error
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def read_stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

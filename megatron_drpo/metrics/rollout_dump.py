@@ -73,6 +73,13 @@ def write_rollouts(run_dir: str | Path, step: int, records: Sequence[RolloutReco
     return path
 
 
+def delete_rollouts(run_dir: str | Path, *, after_step: int) -> None:
+    """Delete the files of later steps: the run continues after `after_step` and will write its own."""
+    for path in (Path(run_dir) / "rollouts").glob("step_*.jsonl"):
+        if int(path.stem.removeprefix("step_")) > after_step:
+            path.unlink()
+
+
 def write_index(run_dir: str | Path) -> Path:
     """Write run_dir/rollouts/index.html from the JSONL files there: one file, no network needed."""
     folder = Path(run_dir) / "rollouts"

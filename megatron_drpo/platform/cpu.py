@@ -45,6 +45,7 @@ class CpuPlatform:
                 )
             _disable_compilation()
             _replace_cuda_runtime()
+            _replace_cuda_rng()
             _replace_tensor_methods()
             _replace_factories()
             _replace_all_to_all()
@@ -101,27 +102,38 @@ def _disable_compilation() -> None:
 
 
 def _replace_cuda_runtime() -> None:
-    """torch.cuda's device, streams and RNG.
+    """torch.cuda's device and streams, used by megatron/core/{parallel_state,pipeline_parallel,optimizer}.
 
-    Used by megatron/core/{parallel_state,pipeline_parallel,optimizer,tensor_parallel/random}.
-    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/tensor_parallel/random.py
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/pipeline_parallel/schedules.py
     """
 
     # A function of its own for every name: torch._dynamo refuses one object under two of them.
     def no_op() -> Callable[..., None]:
-        def nothing(*_: object, **__: object) -> None:
-            return None
+        return lambda *_, **__: None
 
-        return nothing
+    def new_stream() -> Callable[..., _Stream]:
+        return lambda *_, **__: _Stream()
 
-    def stream_factory() -> Callable[..., _Stream]:
-        def new_stream(*_: object, **__: object) -> _Stream:
-            return _Stream()
+    replacements: dict[str, Any] = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": new_stream(),
+        "default_stream": new_stream(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "current_device": lambda: torch.device("cpu"),
+        "set_device": no_op(),
+        "synchronize": no_op(),
+        "empty_cache": no_op(),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
 
-        return new_stream
 
-    def manual_seed(seed: int) -> None:
-        torch.manual_seed(seed)
+def _replace_cuda_rng() -> None:
+    """torch.cuda's random state becomes torch's own, for Megatron's RNG tracker.
+
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/tensor_parallel/random.py
+    """
 
     def get_rng_state(*_: object, **__: object) -> torch.Tensor:
         return torch.get_rng_state()
@@ -129,22 +141,13 @@ def _replace_cuda_runtime() -> None:
     def set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
         torch.set_rng_state(state)
 
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
     def call_now(function: Callable[[], None], **_: object) -> None:
         function()
 
-    def stream_context(_: object) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     replacements: dict[str, Any] = {
-        "Stream": _Stream,
-        "Event": _Event,
-        "current_stream": stream_factory(),
-        "default_stream": stream_factory(),
-        "stream": stream_context,
-        "current_device": lambda: torch.device("cpu"),
-        "set_device": no_op(),
-        "synchronize": no_op(),
-        "empty_cache": no_op(),
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "manual_seed": manual_seed,
@@ -199,7 +202,7 @@ def _replace_factories() -> None:
 
         return wrapped
 
-    # `with torch.device(...)` knows factories by identity, in a set it builds on first use: before, not after.
+    # `with torch.device(...)` knows factories by identity, in a set built on first use: have it built now.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -239,7 +242,7 @@ def _replace_megatron_functions() -> None:
 
     # Imported by name from torch.cuda when megatron loads, possibly before prepare().
     setattr(megatron_random, "_lazy_call", torch.cuda._lazy_call)  # noqa: B010
-    # Undefined without Transformer Engine in 0.16.1, though read on the plain path; defined in later releases.
+    # Undefined without Transformer Engine in 0.16.1, though the plain path reads it; later releases define it.
     # https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/transformer/moe/moe_utils.py
     if not hasattr(moe_utils, "te_general_gemm"):
         setattr(moe_utils, "te_general_gemm", None)  # noqa: B010

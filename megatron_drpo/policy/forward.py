@@ -56,7 +56,7 @@ def packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
 
 def run_model(micro_batch: MicroBatch, module: torch.nn.Module) -> torch.Tensor:
     """This chunk's output: [T or T / tp, 1, H] hidden states."""
-    kwargs = {} if isinstance(unwrap_ddp(module), PolicyModel) else {"fp32_output": False}
+    kwargs: dict[str, Any] = {} if isinstance(unwrap_ddp(module), PolicyModel) else {"fp32_output": False}
     return module(
         micro_batch.token_ids_T[None],
         micro_batch.position_ids_T[None],
@@ -66,7 +66,7 @@ def run_model(micro_batch: MicroBatch, module: torch.nn.Module) -> torch.Tensor:
     )
 
 
-def unwrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
+def unwrap_ddp(module: Any) -> torch.nn.Module:
     """The module inside DDP: the model, or Float16Module around it."""
     return module if isinstance(module, PolicyModel) else module.module
 

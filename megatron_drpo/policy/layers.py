@@ -6,6 +6,7 @@ attention knows no packed sequences.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -59,7 +60,8 @@ class PackedAttention(torch.nn.Module):
         repeats = query_TND.shape[1] // key_TGD.shape[1]
         key_TND = key_TGD.repeat_interleave(repeats, dim=1)
         value_TND = value_TGD.repeat_interleave(repeats, dim=1)
-        pieces, positions = [], []
+        pieces: list[torch.Tensor] = []
+        positions: list[torch.Tensor] = []
         for index_SL, valid_SL in _length_buckets(packed_seq_params.cu_seqlens_q.tolist(), query_TND.device):
             q, k, v = (x[index_SL].transpose(1, 2) for x in (query_TND, key_TND, value_TND))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
@@ -80,7 +82,7 @@ def _length_buckets(
         (index_SL int64, valid_SL bool): packed position of each token, and which entries are tokens.
     """
     buckets: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in itertools.pairwise(cu_seqlens):
         if end > start:
             buckets.setdefault((end - start - 1).bit_length(), []).append((start, end))
     for spans in buckets.values():

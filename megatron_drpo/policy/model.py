@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
@@ -41,8 +41,8 @@ class PolicyModel(GPTModel):
     def output_weight(self) -> torch.Tensor:
         """This rank's rows of the LM head, [V_padded / tp, H]; the embedding's if tied."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            return cast(torch.Tensor, self.shared_embedding_or_output_weight())
+        return cast(torch.Tensor, self.output_layer.weight)
 
 
 def build_transformer_config(
@@ -122,7 +122,7 @@ def build_block_spec(
 ) -> TransformerBlockSubmodules:
     """This rank's layers. Without Transformer Engine: megatron-core's local layers with our norm and
     attention, under the global checkpoint keys that the Transformer Engine layers have."""
-    spec = get_gpt_decoder_block_spec(
+    spec: Any = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
     )
     if use_transformer_engine:
@@ -133,7 +133,7 @@ def build_block_spec(
     return spec
 
 
-def _use_own_modules(layer: ModuleSpec) -> None:
+def _use_own_modules(layer: Any) -> None:
     submodules = layer.submodules
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
@@ -167,14 +167,14 @@ def build_model_chunks(
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
         chunk = PolicyModel(
             config,
-            build_block_spec(config, use_transformer_engine=use_te, vp_stage=vp_stage),
+            cast(Any, build_block_spec(config, use_transformer_engine=use_te, vp_stage=vp_stage)),
             vocab_size=padded_vocabulary_size(architecture.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where),
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,
+            rotary_base=cast(int, architecture.rope_theta),  # annotated int upstream, used as a float
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(device))
@@ -196,7 +196,7 @@ def wrap_data_parallel(chunks: list[PolicyModel], config: TransformerConfig) -> 
     return wrapped
 
 
-def unwrap(module: torch.nn.Module) -> PolicyModel:
+def unwrap(module: Any) -> PolicyModel:
     """The bare model inside DDP and Float16Module."""
     while not isinstance(module, PolicyModel):
         module = module.module

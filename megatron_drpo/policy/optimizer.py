@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.transformer import MegatronModule
 
 from megatron_drpo.config import Dtype, OptimizerConfig, Schedule
 
@@ -32,7 +33,8 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if dtype is Dtype.bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=False)
+    modules = cast(list[MegatronModule], chunks)
+    return get_megatron_optimizer(megatron_config, modules, use_gloo_process_groups=False)
 
 
 def compute_learning_rate(config: OptimizerConfig, update: int, num_updates: int) -> float:
@@ -60,10 +62,10 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The parts of the optimizer: one for dense parameters, one for experts when they have their own ranks."""
-    if isinstance(optimizer, ChainedOptimizer):
-        return list(optimizer.chained_optimizers)
-    return [optimizer]
+    """The parts of the optimizer: one for dense parameters, one for experts with ranks of their own."""
+    is_chained = isinstance(optimizer, ChainedOptimizer)
+    parts = optimizer.chained_optimizers if is_chained else [optimizer]
+    return cast(list[DistributedOptimizer], parts)
 
 
 def sharded_optimizer_state(
@@ -75,11 +77,12 @@ def sharded_optimizer_state(
     their keys with an index, so that EP > 1 and EP = 1 could not read each other) does not show in it.
     `model_state` is the sharded state dict of the bare model, its parameters as data.
     """
-    states = []
+    states: list[dict[int, Any]] = []
     for part in distributed_optimizers(optimizer):
         if is_loading or not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
-        states.append(part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={}))
+        state = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={})
+        states.append(cast(dict[int, Any], state))
     return states
 
 

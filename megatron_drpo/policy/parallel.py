@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -69,11 +70,14 @@ def _expert_problems(parallel: ParallelConfig, architecture: ArchitectureConfig)
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} must divide "
             f"the model's moe_intermediate_size, {width}"
         )
-    if parallel.expert_parallel_size == 1 and parallel.expert_tensor_parallel_size != parallel.tensor_parallel_size:
+    if (
+        parallel.expert_parallel_size == 1
+        and parallel.expert_tensor_parallel_size != parallel.tensor_parallel_size
+    ):
         problems.append(
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} must equal "
-            f"tensor_parallel_size={parallel.tensor_parallel_size} while expert_parallel_size is 1 (Megatron then "
-            "reduces expert gradients like dense ones, and would leave out the other tensor-parallel ranks')"
+            f"tensor_parallel_size={parallel.tensor_parallel_size} while expert_parallel_size is 1 "
+            "(Megatron then reduces expert gradients like dense ones and loses those of other tensor ranks)"
         )
     if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:
         problems.append(
@@ -165,7 +169,7 @@ class ParallelState:
         self.data_rank = mpu.get_data_parallel_rank()
         self.data_size = mpu.get_data_parallel_world_size()
         self.data_group = mpu.get_data_parallel_group()
-        self.model_group = mpu.get_model_parallel_group()
+        self.model_group = cast(dist.ProcessGroup, mpu.get_model_parallel_group())
         """All ranks of one data-parallel replica."""
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -110,7 +110,7 @@ class Policy:
             forward = TrainForward(self.loss, self._settings, self.parallel)
             results = self._run(forward, micro_batches, forward_only=False)
         with timer.phase("optimizer"):
-            _, grad_norm, _ = self.optimizer.step()
+            _, grad_norm, _ = cast(tuple[Any, Any, Any], self.optimizer.step())
         self.num_updates += 1
         loss, diagnostics = self._reduce(results)
         norm = 0.0 if grad_norm is None else float(grad_norm)
@@ -122,7 +122,7 @@ class Policy:
 
     @torch.no_grad()
     def compute_logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """[T] logprobs of every micro-batch under the current weights; empty on ranks before the last stage."""
+        """[T] logprobs of every micro-batch under the current weights; empty before the last stage."""
         for chunk in self.chunks:
             chunk.eval()
         forward = LogprobForward(self._settings, self.parallel)
@@ -135,7 +135,7 @@ class Policy:
         return self._schedule(
             forward_step_func=forward,
             data_iterator=iterators if several else iterators[0],
-            model=self.chunks if several else self.chunks[0],
+            model=cast(Any, self.chunks if several else self.chunks[0]),
             num_microbatches=len(micro_batches),
             seq_length=max(micro_batch.num_tokens for micro_batch in micro_batches),
             micro_batch_size=1,

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import reprlib
-import signal
 import sys
 from numbers import Real
 
+from megatron_drpo.lifetime import die_with_parent
 from megatron_drpo.rewards.functions import Failure, call_guarded, load_reward_function
 from megatron_drpo.types import Rollout
-
-PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
 
 
 def start(reward_name: str, parent_pid: int) -> None:
     """Tie this process to its parent's life and load the reward function, so that scoring starts warm."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # the parent died before the line above
-        os._exit(1)
+    die_with_parent(parent_pid)
     call_guarded(load_reward_function, reward_name)  # a failure shows again, and is told, when scoring
 
 

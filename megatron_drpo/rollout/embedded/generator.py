@@ -97,8 +97,8 @@ class Generator:
         return future
 
     def close(self) -> None:
-        """Stop after the current token and wait for the thread."""
-        self._post(self._close)
+        """Stop after the current token and wait for the thread; harmless when it has ended."""
+        self._inbox.put(self._close)
         self._thread.join()
 
     def _post(self, function: Callable[[], None]) -> None:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import transformers
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.jit import jit_fuser
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_drpo.config import PlatformName
 from megatron_drpo.errors import PlatformError
@@ -208,7 +208,8 @@ def test_tensor_methods(cpu_platform: Platform) -> None:
 def test_factories_make_cpu_tensors(cpu_platform: Platform, name: str, device: torch.device | str) -> None:
     tensor = getattr(torch, name)(*FACTORY_ARGUMENTS[name], device=device)
     assert tensor.device == torch.device("cpu")
-    assert tensor.tolist() == FACTORY_VALUES.get(name, tensor.tolist())
+    if name in FACTORY_VALUES:
+        assert tensor.tolist() == FACTORY_VALUES[name]
 
 
 def test_factories_still_know_other_devices(cpu_platform: Platform) -> None:
@@ -339,7 +340,7 @@ class TestCheckpointWriter:
         (tmp_path / "next").mkdir()
         with monkeypatch.context() as patch:
             patch.setattr(filesystem_async, "_write_item", full_disk)
-            with pytest.raises((OSError, CheckpointingException), match="no space left on device"):
+            with pytest.raises(CheckpointException, match="no space left on device"):
                 dist_checkpointing.save(self.state(1.0), str(tmp_path / "failed"))
         dist_checkpointing.save(self.state(2.0), str(tmp_path / "next"))
         loaded = dist_checkpointing.load(self.state(0.0), str(tmp_path / "next"))

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all unit tests."""
+"""A tiny model and rollout servers in threads of the test process."""
 
 from __future__ import annotations
 
@@ -11,67 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from hypothesis import settings
-
-from megatron_drpo.config import ParallelConfig, PlatformName
-from megatron_drpo.platform import Platform, build_platform
-from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
-from megatron_drpo.types import TrainSequence
-
-# A deadline per example measures how busy the machine is.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 Serve = Callable[..., str]
-
-
-@pytest.fixture(scope="session")
-def cpu_platform() -> Platform:
-    """The CPU platform, prepared: this process can run Megatron from here on."""
-    platform = build_platform(PlatformName.cpu)
-    platform.prepare(0)
-    return platform
-
-
-@pytest.fixture(scope="session")
-def one_rank(cpu_platform: Platform) -> Iterator[ParallelState]:
-    """This process as the only rank of a run, with Megatron's process groups."""
-    yield initialise_parallel(ParallelConfig(), cpu_platform.backend, torch.device("cpu"))
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def make_sequences() -> Callable[..., list[TrainSequence]]:
-    """`make_sequences(lengths, vocab_size=101)`: random sequences, the same every time.
-
-    A sequence of L tokens has a prompt of about a third of them; logprobs are off-policy, advantages
-    uncentred, and one response token in seven is masked.
-    """
-
-    def make(lengths: list[int], vocab_size: int = 101) -> list[TrainSequence]:
-        generator = torch.Generator().manual_seed(sum(lengths))
-        sequences = []
-        for number, length in enumerate(lengths):
-            prompt_length = max(1, length // 3)
-            num_response = length - prompt_length
-            uniform = torch.rand(num_response, generator=generator)
-            sequences.append(
-                TrainSequence(
-                    id=number,
-                    token_ids=torch.randint(0, vocab_size, (length,), generator=generator),
-                    prompt_length=prompt_length,
-                    advantages=torch.full((num_response,), 0.3 + 0.5 * (number % 3)),
-                    rollout_logprobs=-5.0 * uniform - 0.5,
-                    loss_mask=torch.arange(num_response) % 7 != 3,
-                )
-            )
-        return sequences
-
-    return make
-
-
-# ---------------------------------------------------------------------------------------- servers
 
 
 @pytest.fixture(scope="session")

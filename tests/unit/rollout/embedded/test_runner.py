@@ -95,6 +95,7 @@ def test_experts_whose_rows_are_not_aligned_are_served(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config).eval()
+    model.set_experts_implementation("eager")
     model.save_pretrained(tmp_path)
     runner = ModelRunner(load_model(tmp_path, torch.float32), num_slots=1)
     runner.prefill([(1, 2, 3)], rows=[0])
