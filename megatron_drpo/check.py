@@ -35,8 +35,8 @@ def warn_config(config: Config) -> list[str]:
         warnings += build_loss(config.algorithm.loss).warnings()
         if config.rollout.top_p < 1 or config.rollout.top_k != -1:
             warnings.append(
-                f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: tokens are drawn "
-                "from a truncated distribution, but rollout_logprobs are those of the full one"
+                f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: tokens are "
+                "drawn from a truncated distribution, but rollout_logprobs are those of the full one"
             )
     return warnings
 

@@ -76,7 +76,7 @@ class OnLongPrompt(StrEnum):
 @dataclass(kw_only=True)
 class DataConfig:
     train_path: str = ""
-    """JSONL; each line has `prompt` (text) or `messages` (chat), `answer`, `response` (sft), free metadata."""
+    """JSONL; a line has `prompt` (text) or `messages` (chat), `answer`, `response` (sft), free metadata."""
     eval_path: str | None = None
     """Held-out JSONL of the same form."""
     on_bad_line: OnBadLine = OnBadLine.error
@@ -193,7 +193,7 @@ class RewardConfig:
     on_error: OnRewardError = OnRewardError.error
     """A reward that raises or hangs: stop and name the response, or count it and score 0."""
     overlong: Overlong = Overlong.keep
-    """Truncated responses: score as they are, leave out of the loss, or penalise (DAPO, arXiv 2503.14476 Eq. 13)."""
+    """Truncated responses: score as they are, leave out of the loss, or penalise (arXiv 2503.14476, 13)."""
     overlong_buffer_tokens: int = 0
     """soft_penalty: length of the interval before max_response_tokens over which the penalty grows to 1."""
     shuffle: bool = False

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.config import Config, Mode, RolloutConfig
+from megatron_drpo.config import Config, Mode, RolloutConfig, RolloutEngineName
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptSource
@@ -106,7 +106,7 @@ def _build_leader(
         config.rollout,
         config.rollout.endpoints,
         tokenizer,
-        stop_token_ids=stop_token_ids + config.rollout.stop_token_ids,
+        stop_token_ids=stop_token_ids,
         vocab_size=policy.architecture.vocab_size,
         seed=config.seed,
     )
@@ -120,7 +120,13 @@ def _build_leader(
 
 
 def _push(config: RolloutConfig, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
-    push_weights(tensors, config.endpoints, policy_version=policy_version, timeout_s=config.request_timeout_s)
+    push_weights(
+        tensors,
+        config.endpoints,
+        policy_version=policy_version,
+        timeout_s=config.request_timeout_s,
+        verify_checksum=config.engine is RolloutEngineName.embedded,
+    )
 
 
 def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:

@@ -109,10 +109,16 @@ def _replace_cuda_runtime() -> None:
 
     # A function of its own for every name: torch._dynamo refuses one object under two of them.
     def no_op() -> Callable[..., None]:
-        return lambda *_, **__: None
+        def nothing(*_: object, **__: object) -> None:
+            return None
+
+        return nothing
 
     def new_stream() -> Callable[..., _Stream]:
-        return lambda *_, **__: _Stream()
+        def make(*_: object, **__: object) -> _Stream:
+            return _Stream()
+
+        return make
 
     replacements: dict[str, Any] = {
         "Stream": _Stream,
@@ -242,7 +248,7 @@ def _replace_megatron_functions() -> None:
 
     # Imported by name from torch.cuda when megatron loads, possibly before prepare().
     setattr(megatron_random, "_lazy_call", torch.cuda._lazy_call)  # noqa: B010
-    # Undefined without Transformer Engine in 0.16.1, though the plain path reads it; later releases define it.
+    # Undefined without Transformer Engine in 0.16.1, though the plain path reads it; later ones define it.
     # https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/transformer/moe/moe_utils.py
     if not hasattr(moe_utils, "te_general_gemm"):
         setattr(moe_utils, "te_general_gemm", None)  # noqa: B010

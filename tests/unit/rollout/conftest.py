@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_drpo.rollout.embedded.server import EmbeddedServer
+import torch
 
 Serve = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HF folder of a random Qwen3-MoE: 2 layers, 4 experts, 64 tokens, 256 positions; tokens are words t0 .. t63."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
+    """HF folder of a random Qwen3-MoE: 2 layers, 4 experts, 256 positions; its 64 tokens are the words t0 .. t63."""
     path = tmp_path_factory.mktemp("tiny_moe")
     config = Qwen3MoeConfig(
         vocab_size=64,
@@ -52,8 +54,6 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def serve_app() -> Iterator[Callable[[Any], str]]:
     """`serve_app(asgi_app)`: serve it until the session ends; its base URL."""
-    import uvicorn
-
     with ExitStack() as stack:
 
         def serve(app: Any) -> str:
@@ -72,10 +72,6 @@ def serve_app() -> Iterator[Callable[[Any], str]]:
 @pytest.fixture(scope="session")
 def serve(tiny_moe: Path) -> Iterator[Serve]:
     """`serve(num_slots=8, deterministic=False)`: an embedded server of `tiny_moe`, version 0; its base URL."""
-    import torch
-
-    from megatron_drpo.rollout.embedded.server import EmbeddedServer
-
     with ExitStack() as stack:
 
         def serve(*, num_slots: int = 8, deterministic: bool = False) -> str:

@@ -53,7 +53,7 @@ def test_ignore_eos_ignores_every_stop_token() -> None:
         ({}, "input_ids is missing"),
         ({"input_ids": []}, "input_ids is missing"),
         ({"input_ids": "text"}, "input_ids is missing"),
-        ({"input_ids": [[1], []]}, "non-empty list of integers"),
+        ({"input_ids": [[], [1]]}, "non-empty list of integers"),
         ({"input_ids": [1, True]}, "non-empty list of integers"),
         ({"input_ids": [3, 10]}, "input id 10 is outside 0..9"),
         ({"input_ids": [-1]}, "input id -1 is outside 0..9"),

@@ -1,0 +1,43 @@
+"""The server ends with an error, not silently, when its generator fails."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from megatron_drpo.rollout.embedded.server import EmbeddedServer
+
+
+def test_a_failed_generator_ends_the_server(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: failures.append(str(args.exc_value)))
+    server = EmbeddedServer(model_path=tiny_moe, dtype=torch.float32, num_slots=2, deterministic=False)
+
+    def fail(tokens: list[int], positions: list[int]) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    server.generator._runner.decode = fail  # pyrefly: ignore
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=server.serve, args=(sock,))
+        thread.start()
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        with httpx.Client(trust_env=False, timeout=10) as http:
+            response = http.post(f"{url}/generate", json={"input_ids": [3]})
+        thread.join(10)
+    assert response.status_code == 500
+    assert "stopped while generating" in response.json()["error"]["message"]
+    assert failures == ["no room", "the generator has failed"]
+
+
+def test_bfloat16_is_served_in_bfloat16(tiny_moe: Path) -> None:
+    server = EmbeddedServer(model_path=tiny_moe, dtype=torch.bfloat16, num_slots=2, deterministic=True)
+    assert {p.dtype for p in server.generator._runner.model.parameters()} == {torch.bfloat16}
+    logits = server.generator.call(lambda: server.generator._runner.decode([3, 4], [0, 0])).result(10)
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    server.generator.close()

@@ -1,0 +1,181 @@
+"""The client against a server that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.rollout import client as client_module
+from megatron_drpo.rollout.client import SampleRequest, SGLangClient
+
+Handler = Callable[[dict[str, Any]], Response]
+
+
+class FakeServer:
+    """Answers each path from a list of responses, the last one again and again; keeps the bodies."""
+
+    def __init__(self, serve_app: Callable[[Any], str]) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.answers: list[Response] = []
+        self.delay_s = 0.0
+        routes = [Route("/{path:path}", self._answer, methods=["GET", "POST"])]
+        self.endpoint = serve_app(Starlette(routes=routes))
+
+    async def _answer(self, request: Request) -> Response:
+        self.bodies.append(await request.json() if await request.body() else {})
+        await asyncio.sleep(self.delay_s)
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+@pytest.fixture(scope="module")
+def shared_server(serve_app: Callable[[Any], str]) -> FakeServer:
+    return FakeServer(serve_app)
+
+
+@pytest.fixture
+def server(shared_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    shared_server.bodies = []
+    shared_server.delay_s = 0.0
+    monkeypatch.setattr(client_module, "_FIRST_DELAY_S", 0.01)
+    return shared_server
+
+
+def call(endpoint: str, method: Callable[[SGLangClient], Awaitable[Any]], **options: Any) -> Any:
+    async def run() -> Any:
+        async with SGLangClient(endpoint, **{"timeout_s": 5.0, **options}) as client:
+            return await method(client)
+
+    return asyncio.run(run())
+
+
+def generate(client: SGLangClient) -> Awaitable[list[dict[str, Any]]]:
+    requests = [
+        SampleRequest(rid="r", token_ids=(1, 2), sampling_params={"max_new_tokens": 3, "sampling_seed": 9}),
+        SampleRequest(rid="s", token_ids=(4,), sampling_params={"max_new_tokens": 3, "sampling_seed": 8}),
+    ]
+    return client.generate(requests, extra_key="7", vocab_size=10)
+
+
+OK = [{"output_ids": [1]}, {"output_ids": [2]}]
+
+
+def test_the_request_has_sglangs_shape(server: FakeServer) -> None:
+    server.answers = [JSONResponse(OK)]
+    assert call(server.endpoint, generate) == OK
+    [body] = server.bodies
+    assert body["input_ids"] == [[1, 2], [4]]
+    assert [params["sampling_seed"] for params in body["sampling_params"]] == [9, 8]
+    assert [rid[:2] for rid in body["rid"]] == ["r-", "s-"]
+    assert body["extra_key"] == "7"
+    assert body["return_logprob"] is True
+
+
+def test_5xx_is_retried_with_a_new_request_id(server: FakeServer) -> None:
+    server.answers = [PlainTextResponse("busy", 503), PlainTextResponse("", 500), JSONResponse(OK)]
+    assert call(server.endpoint, generate, num_retries=2) == OK
+    assert len({body["rid"][0] for body in server.bodies}) == 3
+
+
+def test_5xx_until_the_retries_are_used_up(server: FakeServer) -> None:
+    server.answers = [PlainTextResponse("first line\nsecond line", 500)]
+    with pytest.raises(RolloutError) as caught:
+        call(server.endpoint, generate, num_retries=2)
+    assert str(caught.value) == f"{server.endpoint}/generate: HTTP 500: first line"
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "input too long\ntraceback"}},
+        {"message": "input too long"},
+        {"error": "input too long"},
+    ],
+)
+def test_4xx_is_not_retried_and_shows_the_reason(server: FakeServer, body: dict[str, Any]) -> None:
+    server.answers = [JSONResponse(body, 400)]
+    with pytest.raises(RolloutError, match=r"/generate: HTTP 400: input too long$"):
+        call(server.endpoint, generate, num_retries=5)
+    assert len(server.bodies) == 1
+
+
+def test_a_slow_answer_is_given_up_at_the_limit(server: FakeServer) -> None:
+    server.answers = [JSONResponse(OK)]
+    server.delay_s = 3.0
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match=r"/generate: no answer within 0.2 s"):
+        call(server.endpoint, generate, timeout_s=0.2, num_retries=3)
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("answer", [PlainTextResponse("<html>"), JSONResponse({}), JSONResponse([{}])])
+def test_answers_of_another_kind(server: FakeServer, answer: Response) -> None:
+    server.answers = [answer]
+    with pytest.raises(RolloutError, match=r"not JSON: '<html>'|expected a list of 2 responses"):
+        call(server.endpoint, generate)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_an_absent_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_FIRST_DELAY_S", 0.01)
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(RolloutError, match=rf"{endpoint}/generate: cannot be reached: .*connect"):
+        call(endpoint, generate, num_retries=1)
+    assert call(endpoint, lambda client: client.is_healthy()) is False
+
+
+def test_proxies_of_the_environment_are_ignored(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    server.answers = [JSONResponse(OK)]
+    assert call(server.endpoint, generate) == OK
+
+
+def test_input_ids_outside_the_vocabulary_are_never_sent(server: FakeServer) -> None:
+    request = SampleRequest(rid="r", token_ids=(1, 10), sampling_params={})
+    with pytest.raises(RolloutError, match=r"request r: input id 10 is not in 0\.\.9"):
+        call(server.endpoint, lambda client: client.generate([request], extra_key="0", vocab_size=10))
+    assert server.bodies == []
+
+
+def test_a_bucket_is_sent_once_per_tensor_parallel_rank(server: FakeServer) -> None:
+    server.answers = [JSONResponse({"success": True, "message": ""})]
+
+    def send(client: SGLangClient) -> Awaitable[None]:
+        return client.update_weights_from_tensor(b"QUJD", tp_size=3, weight_version="12")
+
+    call(server.endpoint, send)
+    assert server.bodies == [
+        {"serialized_named_tensors": ["QUJD"] * 3, "flush_cache": False, "weight_version": "12"}
+    ]
+
+
+def test_updates_are_never_repeated_and_fail_as_weight_sync_errors(server: FakeServer) -> None:
+    server.answers = [PlainTextResponse("out of memory", 500)]
+    with pytest.raises(WeightSyncError, match=r"/begin_weight_update: HTTP 500: out of memory"):
+        call(server.endpoint, lambda client: client.begin_weight_update(), num_retries=3)
+    assert len(server.bodies) == 1
+    server.answers = [JSONResponse({"success": False, "message": "no"})]
+    with pytest.raises(WeightSyncError, match=r"/end_weight_update: refused: .*no"):
+        call(server.endpoint, lambda client: client.end_weight_update())
+
+
+def test_information_that_is_missing_is_an_error(server: FakeServer) -> None:
+    server.answers = [JSONResponse({"weight_version": "5"})]
+    assert call(server.endpoint, lambda client: client.weight_version()) == "5"
+    with pytest.raises(RolloutError, match=r"/weights_checker: the answer has no 'per_engine_checksum'"):
+        call(server.endpoint, lambda client: client.weights_checksum())

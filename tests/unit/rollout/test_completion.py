@@ -1,0 +1,98 @@
+"""Every way in which a response can be wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.completion import Completion, parse_completion
+from megatron_drpo.types import FinishReason
+
+GOOD: dict[str, Any] = {
+    "output_ids": [5, 6, 7],
+    "meta_info": {
+        "completion_tokens": 3,
+        "finish_reason": {"type": "stop", "matched": 7},
+        "weight_version": "4",
+        "weight_versions": [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}],
+        "output_token_logprobs": [[-0.5, 5, None], [-1.5, 6, None], [0.0, 7, None]],
+    },
+}
+
+
+def parse(response: Any) -> Completion:
+    return parse_completion(response, newest_version=4, where="http://server/generate: request r")
+
+
+def test_a_good_response() -> None:
+    assert parse(GOOD) == Completion([5, 6, 7], [-0.5, -1.5, 0.0], [3, 3, 4], FinishReason.stop)
+
+
+def test_without_spans_the_one_version_counts() -> None:
+    response = copy.deepcopy(GOOD)
+    del response["meta_info"]["weight_versions"]
+    assert parse(response).policy_versions == [4, 4, 4]
+
+
+def test_an_aborted_response_may_be_empty() -> None:
+    meta = {
+        "completion_tokens": 0,
+        "finish_reason": {"type": "abort"},
+        "weight_version": "4",
+        "weight_versions": [{"version": "4", "start": 0, "end": 0}],
+        "output_token_logprobs": [],
+    }
+    assert parse({"output_ids": [], "meta_info": meta}) == Completion([], [], [], FinishReason.abort)
+
+
+def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda response: response["meta_info"].update({key: value})
+
+
+def spans(*spans: tuple[Any, int, int]) -> Callable[[dict[str, Any]], None]:
+    return change("weight_versions", [{"version": v, "start": s, "end": e} for v, s, e in spans])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r.pop("meta_info"), "malformed response: KeyError: 'meta_info'"),
+        (change("finish_reason", None), "malformed response"),
+        (change("finish_reason", {"type": "error"}), "'error' is not a valid FinishReason"),
+        (change("output_token_logprobs", [[-1.0, 5]]), "disagree"),
+        (change("output_token_logprobs", [[None, 5], [-1.0, 6], [-1.0, 7]]), "malformed response"),
+        (lambda r: r["output_ids"].pop(), "2 output_ids, 3 output_token_logprobs and completion_tokens=3 disagree"),
+        (lambda r: r.update(output_ids=[5, 6, 8]), "disagree"),
+        (change("completion_tokens", 4), "disagree"),
+        (change("output_token_logprobs", [[-1, 5], [float("nan"), 6], [-1, 7]]), "response token 1 is nan"),
+        (change("output_token_logprobs", [[float("-inf"), 5], [-1, 6], [-1, 7]]), "response token 0 is -inf"),
+        (change("output_token_logprobs", [[-1, 5], [-1, 6], [0.01, 7]]), "response token 2 is 0.01"),
+        (spans(("default", 0, 3)), "weight version 'default' is not one of the trainer's, 0..4"),
+        (spans((None, 0, 3)), "unknown policy version"),
+        (spans(("5", 0, 3)), "weight version '5'"),
+        (spans(("3", 0, 2), ("5", 2, 3)), "weight version '5'"),
+        (spans(("-1", 0, 3)), "weight version '-1'"),
+        (spans(("3", 0, 2)), "do not cover the 3 tokens"),
+        (spans(("3", 0, 1), ("4", 2, 3)), "do not cover the 3 tokens"),
+    ],
+)
+def test_a_bad_response_is_refused_with_server_and_request(
+    damage: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    response = copy.deepcopy(GOOD)
+    damage(response)
+    with pytest.raises(RolloutError) as caught:
+        parse(response)
+    assert str(caught.value).startswith("http://server/generate: request r: ")
+    assert message in str(caught.value)
+
+
+def test_a_missing_version_is_refused() -> None:
+    response = copy.deepcopy(GOOD)
+    del response["meta_info"]["weight_versions"], response["meta_info"]["weight_version"]
+    with pytest.raises(RolloutError, match="unknown policy version"):
+        parse(response)
