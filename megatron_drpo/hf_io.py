@@ -8,6 +8,7 @@ https://huggingface.co/docs/transformers/big_models#sharded-checkpoints.
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +289,8 @@ class HfWriter:
         """
         Args:
             path: the folder to create.
-            source: the HF folder whose config and tokenizer files are copied.
+            source: the HF folder whose config and tokenizer files are copied; the config's `dtype` becomes the
+                one that most bytes have here.
             max_shard_bytes: a shard is closed before it would exceed this; one larger tensor stays alone.
             metadata: further string pairs for the header of each file.
             overwrite: replace an existing folder, at the end.
@@ -304,6 +306,7 @@ class HfWriter:
         self._total_bytes = 0
         self._shards: list[list[str]] = []
         self._names: set[str] = set()
+        self._dtype_bytes: Counter[torch.dtype] = Counter()
 
     def __enter__(self) -> Self:
         if self.path.exists() and not self._overwrite:
@@ -324,6 +327,7 @@ class HfWriter:
         self._names.add(name)
         self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._pending_bytes += tensor.nbytes
+        self._dtype_bytes[tensor.dtype] += tensor.nbytes
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -332,6 +336,7 @@ class HfWriter:
             if error is None:
                 self._write_shard()
                 self._name_shards()
+                self._set_config_dtype()
                 self._publish()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -359,6 +364,15 @@ class HfWriter:
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+    def _set_config_dtype(self) -> None:
+        file = self._folder / "config.json"
+        values = json.loads(file.read_text("utf-8"))
+        key = "torch_dtype" if "torch_dtype" in values else "dtype"  # before and since transformers 5
+        dtype = str(self._dtype_bytes.most_common(1)[0][0]).removeprefix("torch.")
+        if values.get(key, dtype) != dtype:
+            values[key] = dtype
+            file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
     def _publish(self) -> None:
         if not self.path.exists():

@@ -204,6 +204,16 @@ def test_values_are_those_at_the_time_of_add(tmp_path: Path) -> None:
     assert torch.equal(folder.get("transposed"), torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
 
 
+def test_config_names_the_dtype_that_was_written(tmp_path: Path) -> None:
+    """An fp32 source exported in bf16 (its router in fp32) loads as bf16."""
+    source = write_folder(tmp_path / "source")
+    (source / "config.json").write_text('{"model_type": "x", "dtype": "float32"}')
+    with HfWriter(tmp_path / "out", source=source) as writer:
+        writer.add("experts", torch.ones(64, dtype=torch.bfloat16))
+        writer.add("router", torch.ones(4))
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "x", "dtype": "bfloat16"}
+
+
 def write_and_fail(path: Path, source: Path) -> None:
     with HfWriter(path, source=source, overwrite=True) as writer:
         writer.add("a", TENSORS["a"])
