@@ -42,6 +42,7 @@ _READ_ERRORS = (
     OSError,
     EOFError,
     RuntimeError,
+    ValueError,
     pickle.UnpicklingError,
     CheckpointingException,
     CheckpointException,
@@ -65,6 +66,8 @@ class RunState:
     cursor: dict[str, Any] = field(default_factory=dict)
     """The prompt source's state."""
     architecture: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of every other file of the checkpoint."""
     format_version: int = _FORMAT_VERSION
 
 
@@ -107,7 +110,7 @@ class Checkpointer:
         return path.resolve().parent == self.folder.resolve()
 
     def withdraw_latest(self) -> None:
-        """The run starts anew: what an earlier one in run_dir saved is no longer in force. On global rank 0."""
+        """The run starts anew, so an earlier one's checkpoint is no longer in force. On global rank 0."""
         (self.folder / "latest").unlink(missing_ok=True)
 
     def save(self, policy: Policy, state: RunState) -> Path:
@@ -135,6 +138,7 @@ class Checkpointer:
             state.architecture = asdict(policy.architecture)
             with _writing(final):
                 torch.save(rng_states, partial / _RNG)
+                state.files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
                 (partial / _RUN_STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
                 self._publish(partial, final)
         dist.barrier()
@@ -157,7 +161,7 @@ class Checkpointer:
             self._delete(folder)
 
     def _steps_until(self, newest: Path) -> list[Path]:
-        """Oldest first. Later steps were saved before the run was started over: they are nobody's to delete."""
+        """Oldest first. Later ones are of a run before this one in the same folder: not ours to delete."""
         steps = {
             int(match[1]): path
             for path in self.folder.iterdir()
@@ -177,6 +181,7 @@ class Checkpointer:
         """
         state = read_run_state(path)
         _check_architecture(path, state.architecture, asdict(policy.architecture))
+        _check_files(path, state.files)
         wanted = policy.sharded_state(is_loading=True)
         try:
             loaded: Any = dist_checkpointing.load(wanted, str(path))
@@ -211,6 +216,17 @@ def _check_architecture(path: Path, saved: dict[str, Any], current: dict[str, An
     if differing:
         details = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing)
         raise CheckpointError(f"{path} is a checkpoint of another model ({details})")
+
+
+def _check_files(path: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} cannot be read: {name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{path} cannot be read: {name} has {file.stat().st_size} bytes, {size} were written"
+            )
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

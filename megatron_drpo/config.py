@@ -136,7 +136,7 @@ class RolloutConfig:
     deterministic: bool = False
     """Fix batch composition, order and per-sample seeds: bit-reproducible on the CPU platform in fp32."""
     max_concurrent_requests: int = 64
-    """Requests in flight per data-parallel replica."""
+    """Requests in flight per data-parallel replica; each asks for all samples of one prompt."""
     request_timeout_s: float = 600.0
     num_retries: int = 3
     """Further attempts of a failed request before the run stops."""

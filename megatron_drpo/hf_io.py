@@ -289,7 +289,7 @@ class HfWriter:
         """
         Args:
             path: the folder to create.
-            source: the HF folder whose config and tokenizer files are copied; the config's `dtype` becomes the
+            source: the HF folder whose config and tokenizer files are copied; its `dtype` becomes the
                 one that most bytes have here.
             max_shard_bytes: a shard is closed before it would exceed this; one larger tensor stays alone.
             metadata: further string pairs for the header of each file.

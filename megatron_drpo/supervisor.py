@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -90,6 +90,8 @@ def _run_ranks(config: Config, endpoints: list[str]) -> None:
         raise RankError(
             f"rank {failed} stopped with an error, see above; logs: {config.run_dir}/logs"
         ) from None
+    except SignalException:  # what torch makes of SIGINT, SIGTERM, SIGHUP and SIGQUIT once the ranks run
+        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

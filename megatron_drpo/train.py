@@ -182,6 +182,8 @@ def main() -> None:
         print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
         # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
         os._exit(1)
+    except KeyboardInterrupt:  # the supervisor says so
+        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ EXPECTED = (
     "Apex is not installed",
     "Transformer Engine and Apex are not",
     "full scope is deprecated",
+    "If you are using transformer_engine as the transformer implementation",
     "The .grad attribute of a Tensor that is not a leaf",
     "`sequence_parallel` is set to",
     "When using sequence parallelism it is recommended to set",

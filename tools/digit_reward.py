@@ -1,4 +1,4 @@
-"""A reward with much variance for a tiny random model: `reward.name=digit_reward:digit_share`, this folder on PYTHONPATH."""
+"""A reward that varies among the responses of a tiny random model, for runs that only have to be runs."""
 
 from __future__ import annotations
 

@@ -19,7 +19,10 @@ from megatron_drpo.config import Dtype, OptimizerConfig, Schedule
 def build_optimizer(
     config: OptimizerConfig, dtype: Dtype, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """Main parameters, gradients and both moments in fp32, sharded over data-parallel ranks."""
+    """Main parameters, gradients and both moments in fp32, sharded over data-parallel ranks.
+
+    Vectors (the norms' weights) have no weight decay.
+    """
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -34,7 +37,10 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     modules = cast(list[MegatronModule], chunks)
-    return get_megatron_optimizer(megatron_config, modules, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(megatron_config, modules, use_gloo_process_groups=False)
+    for group in optimizer.param_groups:  # Megatron leaves this to its scheduler, which is not used here
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def compute_learning_rate(config: OptimizerConfig, update: int, num_updates: int) -> float:

@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 import pickle
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,25 +20,31 @@ import torch
 
 from megatron_drpo.errors import WeightSyncError
 
+_ALIGNMENT = 16
+"""Bytes; a multiple of every dtype's size."""
+
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 def encode_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
-    """Serialise CPU tensors; the result is ASCII (base64).
+    """Serialise CPU tensors of any dtypes; the result is ASCII (base64).
 
-    Tensors of one dtype are laid end to end in one storage, which is pickled once: a pickle per tensor
-    costs ten times as much for the many small matrices of a mixture of experts.
+    All tensors are laid end to end in one storage, which is pickled once: a storage per tensor costs ten
+    times as much for the many small matrices of a mixture of experts.
     """
-    flat: dict[torch.dtype, list[torch.Tensor]] = {}
+    starts: list[int] = []
+    size = 0
     for _, tensor in tensors:
-        flat.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
-    storages = {dtype: torch.cat(parts)._typed_storage() for dtype, parts in flat.items()}
-    offsets = dict.fromkeys(storages, 0)
-    placed: list[tuple[str, _Placed]] = []
-    for name, tensor in tensors:
-        shape = tuple(tensor.shape)
-        placed.append((name, _Placed(storages[tensor.dtype], offsets[tensor.dtype], shape)))
-        offsets[tensor.dtype] += tensor.numel()
+        starts.append(size)
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    data = torch.zeros(size, dtype=torch.uint8)
+    for (_, tensor), start in zip(tensors, starts, strict=True):
+        data[start : start + tensor.nbytes] = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    storage = data._typed_storage()
+    placed = [
+        (name, _Placed(storage, tensor.dtype, start // tensor.itemsize, tuple(tensor.shape)))
+        for (name, tensor), start in zip(tensors, starts, strict=True)
+    ]
     buffer = io.BytesIO()
     _TensorPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(placed)
     return base64.b64encode(buffer.getbuffer())
@@ -58,8 +65,11 @@ def decode_bucket(payload: str) -> NamedTensors:
     return value
 
 
-_MALFORMED = (EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError)
-"""What unpickling raises on damaged input, UnpicklingError aside."""
+_MALFORMED = (
+    *(EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(RuntimeError, AssertionError, ArithmeticError, MemoryError, NameError, struct.error),
+)
+"""What unpickling and torch.load raise on damaged input, UnpicklingError aside."""
 
 
 def _is_named_tensor(item: object) -> bool:
@@ -74,8 +84,15 @@ def _is_named_tensor(item: object) -> bool:
 class _Placed:
     """A contiguous tensor inside a shared storage; unpickled as a tensor."""
 
-    def __init__(self, storage: torch.TypedStorage, offset: int, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, storage: torch.TypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...]
+    ) -> None:
+        """
+        Args:
+            offset: of the first element, in elements.
+        """
         self.storage = storage
+        self.dtype = dtype
         self.offset = offset
         self.shape = shape
 
@@ -84,12 +101,15 @@ class _Placed:
         return torch.empty(self.shape, device="meta").stride()
 
 
+_NO_HOOKS: OrderedDict[str, object] = OrderedDict()
+
+
 class _TensorPickler(pickle.Pickler):
     def reducer_override(self, obj: object) -> Any:  # NotImplemented: pickle as usual
         if not isinstance(obj, _Placed):
             return NotImplemented
-        rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v2
-        return rebuild, (obj.storage, obj.offset, obj.shape, obj.stride, False, OrderedDict())
+        rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v3
+        return rebuild, (obj.storage, obj.offset, obj.shape, obj.stride, False, _NO_HOOKS, obj.dtype)
 
 
 def _load_storage(data: bytes) -> torch.TypedStorage | torch.UntypedStorage:
@@ -100,10 +120,16 @@ def _load_storage(data: bytes) -> torch.TypedStorage | torch.UntypedStorage:
     return storage
 
 
-_ALLOWED_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
+_DTYPES = (
+    *(torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.uint8, torch.int8, torch.int32, torch.int64),
+)
+_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): torch._utils._rebuild_tensor_v3,
     ("torch.storage", "_load_from_bytes"): _load_storage,
     ("collections", "OrderedDict"): OrderedDict,
+    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
 }
 
 

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,7 +27,14 @@ class _Batch:
     def __init__(self, requests: list[SampleRequest]) -> None:
         self.results = [SampleResult(request) for request in requests]
         self.num_unfinished = len(requests)
-        self.future: Future[list[SampleResult]] = Future()
+        self.future: Future[list[SampleResult]] = _uncancellable()
+
+
+def _uncancellable() -> Future[Any]:
+    """A future that a caller who no longer waits cannot cancel: setting its result never fails."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 class Generator:
@@ -85,7 +92,7 @@ class Generator:
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` between two tokens; its DrpoError is the future's."""
-        future: Future[T] = Future()
+        future: Future[T] = _uncancellable()
 
         def run() -> None:
             try:

@@ -53,6 +53,7 @@ ODD_WIDTH = replace(DENSE, ffn_hidden_size=97)
         ({"pipeline_parallel_size": 3, "virtual_pipeline_parallel_size": 4}, DENSE),
         ({"data_parallel_size": 6, "expert_parallel_size": 6}, EXPERTS),
         ({"tensor_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}, EXPERTS),
+        ({"tensor_parallel_size": 2, "sequence_parallel": True, "expert_parallel_size": 2}, EXPERTS),
     ],
 )
 def test_layouts_that_fit(fields: dict[str, Any], architecture: ArchitectureConfig) -> None:
@@ -94,7 +95,7 @@ def test_layouts_that_fit(fields: dict[str, Any], architecture: ArchitectureConf
             ["parallel.expert_parallel_size=4 must divide the model's num_experts, 6"],
         ),
         (
-            {"data_parallel_size": 3, "expert_tensor_parallel_size": 3},
+            {"data_parallel_size": 9, "expert_parallel_size": 3, "expert_tensor_parallel_size": 3},
             EXPERTS,
             ["parallel.expert_tensor_parallel_size=3 must divide the model's moe_intermediate_size, 32"],
         ),
@@ -107,7 +108,16 @@ def test_layouts_that_fit(fields: dict[str, Any], architecture: ArchitectureConf
             ],
         ),
         (
-            {"tensor_parallel_size": 2},
+            {"tensor_parallel_size": 2, "sequence_parallel": True},
+            EXPERTS,
+            [
+                "parallel.expert_tensor_parallel_size=1 must equal tensor_parallel_size=2 while "
+                "expert_parallel_size is 1 (Megatron then reduces expert gradients like dense ones and "
+                "loses those of other tensor ranks)"
+            ],
+        ),
+        (
+            {"tensor_parallel_size": 2, "expert_parallel_size": 2},
             EXPERTS,
             [
                 "parallel.tensor_parallel_size=2 with a mixture-of-experts model needs "
@@ -124,7 +134,7 @@ def test_layouts_that_do_not_fit(
 
 def test_all_problems_are_told_at_once() -> None:
     parallel = ParallelConfig(tensor_parallel_size=5, pipeline_parallel_size=5)
-    assert len(check_layout(parallel, EXPERTS)) == 5
+    assert len(check_layout(parallel, EXPERTS)) == 6
 
 
 def test_rank_info_is_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:

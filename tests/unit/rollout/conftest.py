@@ -13,19 +13,19 @@ import pytest
 import torch
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
-import torch
 
 Serve = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HF folder of a random Qwen3-MoE: 2 layers, 4 experts, 256 positions; its 64 tokens are the words t0 .. t63."""
+    """HF folder of a random Qwen3-MoE: 2 layers, 4 experts, 256 positions, 64 tokens: the words t0 .. t63."""
     path = tmp_path_factory.mktemp("tiny_moe")
-    config = Qwen3MoeConfig(
+    config = AutoConfig.for_model(
+        "qwen3_moe",
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -43,7 +43,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0")
@@ -71,7 +71,7 @@ def serve_app() -> Iterator[Callable[[Any], str]]:
 
 @pytest.fixture(scope="session")
 def serve(tiny_moe: Path) -> Iterator[Serve]:
-    """`serve(num_slots=8, deterministic=False)`: an embedded server of `tiny_moe`, version 0; its base URL."""
+    """`serve(num_slots=8, deterministic=False)`: an embedded server of `tiny_moe`; its base URL."""
     with ExitStack() as stack:
 
         def serve(*, num_slots: int = 8, deterministic: bool = False) -> str:
@@ -85,6 +85,7 @@ def serve(tiny_moe: Path) -> Iterator[Serve]:
 
 def _serve_in_thread(stack: ExitStack, run: Callable[[socket.socket], None], stop: Callable[[], None]) -> str:
     sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     thread = threading.Thread(target=run, args=(sock,))
     thread.start()
     stack.callback(thread.join, 10.0)

@@ -50,9 +50,15 @@ def server(shared_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeSe
     return shared_server
 
 
-def call(endpoint: str, method: Callable[[SGLangClient], Awaitable[Any]], **options: Any) -> Any:
+def call(
+    endpoint: str,
+    method: Callable[[SGLangClient], Awaitable[Any]],
+    *,
+    timeout_s: float = 5.0,
+    num_retries: int = 0,
+) -> Any:
     async def run() -> Any:
-        async with SGLangClient(endpoint, **{"timeout_s": 5.0, **options}) as client:
+        async with SGLangClient(endpoint, timeout_s=timeout_s, num_retries=num_retries) as client:
             return await method(client)
 
     return asyncio.run(run())

@@ -12,6 +12,8 @@ from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.completion import Completion, parse_completion
 from megatron_drpo.types import FinishReason
 
+Damage = Callable[[dict[str, Any]], object]
+
 GOOD: dict[str, Any] = {
     "output_ids": [5, 6, 7],
     "meta_info": {
@@ -39,7 +41,7 @@ def test_without_spans_the_one_version_counts() -> None:
 
 
 def test_an_aborted_response_may_be_empty() -> None:
-    meta = {
+    meta: dict[str, Any] = {
         "completion_tokens": 0,
         "finish_reason": {"type": "abort"},
         "weight_version": "4",
@@ -49,40 +51,41 @@ def test_an_aborted_response_may_be_empty() -> None:
     assert parse({"output_ids": [], "meta_info": meta}) == Completion([], [], [], FinishReason.abort)
 
 
-def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def change(key: str, value: Any) -> Damage:
     return lambda response: response["meta_info"].update({key: value})
 
 
-def spans(*spans: tuple[Any, int, int]) -> Callable[[dict[str, Any]], None]:
+def spans(*spans: tuple[Any, int, int]) -> Damage:
     return change("weight_versions", [{"version": v, "start": s, "end": e} for v, s, e in spans])
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda r: r.pop("meta_info"), "malformed response: KeyError: 'meta_info'"),
-        (change("finish_reason", None), "malformed response"),
-        (change("finish_reason", {"type": "error"}), "'error' is not a valid FinishReason"),
-        (change("output_token_logprobs", [[-1.0, 5]]), "disagree"),
-        (change("output_token_logprobs", [[None, 5], [-1.0, 6], [-1.0, 7]]), "malformed response"),
-        (lambda r: r["output_ids"].pop(), "2 output_ids, 3 output_token_logprobs and completion_tokens=3 disagree"),
-        (lambda r: r.update(output_ids=[5, 6, 8]), "disagree"),
-        (change("completion_tokens", 4), "disagree"),
-        (change("output_token_logprobs", [[-1, 5], [float("nan"), 6], [-1, 7]]), "response token 1 is nan"),
-        (change("output_token_logprobs", [[float("-inf"), 5], [-1, 6], [-1, 7]]), "response token 0 is -inf"),
-        (change("output_token_logprobs", [[-1, 5], [-1, 6], [0.01, 7]]), "response token 2 is 0.01"),
-        (spans(("default", 0, 3)), "weight version 'default' is not one of the trainer's, 0..4"),
-        (spans((None, 0, 3)), "unknown policy version"),
-        (spans(("5", 0, 3)), "weight version '5'"),
-        (spans(("3", 0, 2), ("5", 2, 3)), "weight version '5'"),
-        (spans(("-1", 0, 3)), "weight version '-1'"),
-        (spans(("3", 0, 2)), "do not cover the 3 tokens"),
-        (spans(("3", 0, 1), ("4", 2, 3)), "do not cover the 3 tokens"),
-    ],
-)
-def test_a_bad_response_is_refused_with_server_and_request(
-    damage: Callable[[dict[str, Any]], None], message: str
-) -> None:
+BAD: list[tuple[Damage, str]] = [
+    (lambda r: r.pop("meta_info"), "malformed response: KeyError: 'meta_info'"),
+    (change("finish_reason", None), "malformed response"),
+    (change("finish_reason", {"type": "error"}), "'error' is not a valid FinishReason"),
+    (change("output_token_logprobs", [[-1.0, 5]]), "disagree"),
+    (change("output_token_logprobs", [[None, 5], [-1.0, 6], [-1.0, 7]]), "malformed response"),
+    (
+        lambda r: r["output_ids"].pop(),
+        "2 output_ids, 3 output_token_logprobs and completion_tokens=3 disagree",
+    ),
+    (lambda r: r.update(output_ids=[5, 6, 8]), "disagree"),
+    (change("completion_tokens", 4), "disagree"),
+    (change("output_token_logprobs", [[-1, 5], [float("nan"), 6], [-1, 7]]), "response token 1 is nan"),
+    (change("output_token_logprobs", [[float("-inf"), 5], [-1, 6], [-1, 7]]), "response token 0 is -inf"),
+    (change("output_token_logprobs", [[-1, 5], [-1, 6], [0.01, 7]]), "response token 2 is 0.01"),
+    (spans(("default", 0, 3)), "weight version 'default' is not one of the trainer's, 0..4"),
+    (spans((None, 0, 3)), "unknown policy version"),
+    (spans(("5", 0, 3)), "weight version '5'"),
+    (spans(("3", 0, 2), ("5", 2, 3)), "weight version '5'"),
+    (spans(("-1", 0, 3)), "weight version '-1'"),
+    (spans(("3", 0, 2)), "do not cover the 3 tokens"),
+    (spans(("3", 0, 1), ("4", 2, 3)), "do not cover the 3 tokens"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD)
+def test_a_bad_response_is_refused_with_server_and_request(damage: Damage, message: str) -> None:
     response = copy.deepcopy(GOOD)
     damage(response)
     with pytest.raises(RolloutError) as caught:

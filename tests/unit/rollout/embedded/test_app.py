@@ -56,7 +56,9 @@ def test_one_response_has_sglangs_shape(http: httpx.Client) -> None:
     assert (meta["id"], meta["prompt_tokens"], meta["completion_tokens"]) == ("mine", 2, 3)
     assert meta["finish_reason"] == {"type": "length", "length": 3}
     assert meta["weight_versions"] == [{"version": meta["weight_version"], "start": 0, "end": 3}]
-    assert [entry[1:] for entry in meta["output_token_logprobs"]] == [[i, None] for i in response["output_ids"]]
+    assert [entry[1:] for entry in meta["output_token_logprobs"]] == [
+        [i, None] for i in response["output_ids"]
+    ]
     assert meta["e2e_latency"] > 0
     batch = http.post("/generate", json={**body, "input_ids": [[4, 5]]}).json()
     assert [item["output_ids"] for item in batch] == [response["output_ids"]]
@@ -89,7 +91,9 @@ def test_the_models_own_end_token_stops(http: httpx.Client) -> None:
         ),
     ],
 )
-def test_bad_bodies_are_400_with_a_reason(http: httpx.Client, path: str, content: bytes, message: str) -> None:
+def test_bad_bodies_are_400_with_a_reason(
+    http: httpx.Client, path: str, content: bytes, message: str
+) -> None:
     assert message in message_of(http.post(path, content=content))
 
 
@@ -124,7 +128,9 @@ def test_a_refused_update_says_why_and_keeps_the_version(
     http.post("/begin_weight_update", json={})
     first, *others = tensors
     some = {name: tensors[name] for name in others}
-    response = http.post("/update_weights_from_tensor", json=update_body({**some, "x.y": tensors[first]}, "99"))
+    response = http.post(
+        "/update_weights_from_tensor", json=update_body({**some, "x.y": tensors[first]}, "99")
+    )
     assert "unknown tensor 'x.y'" in message_of(response)
     assert response.json()["success"] is False
     http.post("/begin_weight_update", json={})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -69,8 +69,9 @@ def staged(store: WeightStore, shift: float, version: str) -> None:
 def test_greedy_is_transformers_generate(make: Make, reference: PreTrainedModel) -> None:
     generator, _ = make(num_slots=3)
     results = generator.submit(requests(prompts(7), temperature=0)).result(10)
+    generate = cast(Callable[..., torch.Tensor], reference.generate)
     for prompt, result in zip(prompts(7), results, strict=True):
-        expected = reference.generate(
+        expected = generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=12, min_new_tokens=12, eos_token_id=None
         )
         assert prompt + result.token_ids == expected[0].tolist()
@@ -134,7 +135,9 @@ def at_step(generator: Generator, step: int, action: Callable[[], None]) -> None
     generator._runner.decode = counting  # pyrefly: ignore
 
 
-def test_an_update_while_generating_is_seen_from_the_next_token(make: Make, reference: PreTrainedModel) -> None:
+def test_an_update_while_generating_is_seen_from_the_next_token(
+    make: Make, reference: PreTrainedModel
+) -> None:
     generator, store = make(num_slots=2)
     staged(store, 0.01, "1")
     at_step(generator, 5, generator._update_weights)
@@ -201,11 +204,13 @@ def test_non_finite_logits_are_an_error_of_that_request_only(make: Make) -> None
     assert generator.is_alive()
 
 
-def test_a_failure_in_the_loop_reaches_every_caller(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_in_the_loop_reaches_every_caller(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[str] = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: reported.append(str(args.exc_value)))
+
+    def record(args: threading.ExceptHookArgs) -> None:
+        reported.append(str(args.exc_value))
+
+    monkeypatch.setattr(threading, "excepthook", record)
     generator, _ = make(num_slots=1)
 
     def fail(token_ids: list[int], positions: list[int]) -> torch.Tensor:

@@ -34,7 +34,10 @@ def test_a_full_request() -> None:
 
 def test_a_batch_shares_one_object_or_has_one_each() -> None:
     shared = parse(input_ids=[[1], [2, 3]], rid="r", sampling_params={"max_new_tokens": 2})
-    assert [(s.rid, s.prompt, s.params.max_new_tokens) for s in shared] == [("r_0", (1,), 2), ("r_1", (2, 3), 2)]
+    assert [(s.rid, s.prompt, s.params.max_new_tokens) for s in shared] == [
+        ("r_0", (1,), 2),
+        ("r_1", (2, 3), 2),
+    ]
     assert shared[0].params.seed != shared[1].params.seed
     own = parse(
         input_ids=[[1], [2]], rid=["a", "b"], sampling_params=[{"max_new_tokens": 2}, {"max_new_tokens": 3}]
@@ -62,7 +65,10 @@ def test_ignore_eos_ignores_every_stop_token() -> None:
         ({"input_ids": [1], "sampling_params": [7]}, "sampling_params must be an object"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": 20}}, "exceed the model's 20 positions"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens=0"),
-        ({"input_ids": [1], "sampling_params": {"max_new_tokens": 2.0}}, "max_new_tokens=2.0 must be of type int"),
+        (
+            {"input_ids": [1], "sampling_params": {"max_new_tokens": 2.0}},
+            "max_new_tokens=2.0 must be of type int",
+        ),
         ({"input_ids": [1], "sampling_params": {"temperature": -1}}, "temperature=-1.0"),
         ({"input_ids": [1], "sampling_params": {"top_p": 0}}, "top_p=0.0"),
         ({"input_ids": [1], "sampling_params": {"top_k": 0}}, "top_k=0"),
@@ -95,4 +101,6 @@ def test_a_response_without_tokens_still_has_a_version() -> None:
     result = SampleResult(parse(input_ids=[3], sampling_params={"max_new_tokens": 9})[0])
     result.finish_reason = {"type": "abort", "message": "Aborted"}
     result.close_span("4")
-    assert render_result(result, 0.0)["meta_info"]["weight_versions"] == [{"version": "4", "start": 0, "end": 0}]
+    assert render_result(result, 0.0)["meta_info"]["weight_versions"] == [
+        {"version": "4", "start": 0, "end": 0}
+    ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from megatron_drpo.errors import ModelError
 from megatron_drpo.rollout.embedded import runner as runner_module
@@ -68,9 +68,11 @@ def test_prefill_in_several_chunks(
 ) -> None:
     monkeypatch.setattr(runner_module, "_PREFILL_TOKENS", 8)
     calls: list[tuple[int, ...]] = []
-    hook = runner.model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+
+    def record(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        calls.append(tuple(kwargs["input_ids"].shape))
+
+    hook = runner.model.register_forward_pre_hook(record, with_kwargs=True)
     prompts = [[3, 4, 5], list(range(2, 14)), [6, 7, 8, 9, 10], [3, 4, 5], [9, 8, 7, 6]]
     runner.reset()
     runner.prefill([tuple(prompt) for prompt in prompts], rows=[0, 1, 2, 3, 4])
@@ -81,7 +83,8 @@ def test_prefill_in_several_chunks(
 
 def test_experts_whose_rows_are_not_aligned_are_served(tmp_path: Path) -> None:
     """grouped_mm refuses rows that are no multiple of 16 bytes."""
-    config = Qwen3MoeConfig(
+    config = AutoConfig.for_model(
+        "qwen3_moe",
         vocab_size=16,
         hidden_size=12,
         num_hidden_layers=1,
@@ -94,7 +97,7 @@ def test_experts_whose_rows_are_not_aligned_are_served(tmp_path: Path) -> None:
         max_position_embeddings=32,
     )
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.set_experts_implementation("eager")
     model.save_pretrained(tmp_path)
     runner = ModelRunner(load_model(tmp_path, torch.float32), num_slots=1)
@@ -115,5 +118,5 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
         sliding_window=4,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="full attention only.*SlidingWindow"):
+    with pytest.raises(ModelError, match=r"full attention only.*SlidingWindow"):
         load_model(tmp_path, torch.float32)

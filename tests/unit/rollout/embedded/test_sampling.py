@@ -96,9 +96,7 @@ def test_logprobs_are_of_the_tempered_distribution_before_truncation() -> None:
     tokens, logprobs = SamplingBatch(params).sample(logits, [4, 5, 6])
     temperatures = torch.tensor([[0.7], [1.0], [1.9]], dtype=torch.float64)
     reference = (logits.double() / temperatures).log_softmax(-1)
-    torch.testing.assert_close(
-        logprobs.double(), reference[torch.arange(3), tokens], atol=2e-6, rtol=0
-    )
+    torch.testing.assert_close(logprobs.double(), reference[torch.arange(3), tokens], atol=2e-6, rtol=0)
 
 
 def test_temperature_zero_is_greedy_with_logprobs_at_temperature_one() -> None:
@@ -115,7 +113,9 @@ def test_a_sample_depends_on_no_neighbour() -> None:
     logits = torch.randn(6, 40)
     params = [
         dataclasses.replace(BASE, seed=i, temperature=t, top_p=p, top_k=k)
-        for i, (t, p, k) in enumerate([(1, 1, -1), (0, 1, -1), (0.5, 0.5, 3), (1, 0.9, -1), (2, 1, 7), (1, 1, -1)])
+        for i, (t, p, k) in enumerate(
+            [(1, 1, -1), (0, 1, -1), (0.5, 0.5, 3), (1, 0.9, -1), (2, 1, 7), (1, 1, -1)]
+        )
     ]
     counters = [3, 1, 4, 1, 5, 9]
     together, logprobs = SamplingBatch(params).sample(logits, counters)

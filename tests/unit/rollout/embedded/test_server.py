@@ -15,7 +15,11 @@ from megatron_drpo.rollout.embedded.server import EmbeddedServer
 
 def test_a_failed_generator_ends_the_server(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[str] = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: failures.append(str(args.exc_value)))
+
+    def record(args: threading.ExceptHookArgs) -> None:
+        failures.append(str(args.exc_value))
+
+    monkeypatch.setattr(threading, "excepthook", record)
     server = EmbeddedServer(model_path=tiny_moe, dtype=torch.float32, num_slots=2, deterministic=False)
 
     def fail(tokens: list[int], positions: list[int]) -> torch.Tensor:

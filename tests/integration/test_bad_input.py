@@ -1,0 +1,416 @@
+"""Bad input: one clear error that names what is wrong, in time, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from megatron_drpo import cli, supervisor, train
+from megatron_drpo.config import Config, RolloutConfig
+from megatron_drpo.config_io import load_config
+from megatron_drpo.errors import DrpoError, RewardError, RolloutError
+from megatron_drpo.policy.parallel import ParallelState
+from megatron_drpo.rollout.embedded.server import EmbeddedServer
+
+RunArguments = Callable[..., list[str]]
+
+# ------------------------------------------------------------- known to be wrong before anything starts
+
+
+@pytest.fixture
+def refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[str]], str]:
+    """`refuse(arguments)`: the error of a `train` command that must not start or write anything."""
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(supervisor, "EmbeddedServers", started)
+    monkeypatch.setattr(supervisor, "elastic_launch", started)
+
+    def run(arguments: list[str]) -> str:
+        begin = time.monotonic()
+        assert cli.main(["train", *arguments]) == 1
+        assert time.monotonic() - begin < 10
+        assert not (tmp_path / "run").exists()
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert "Traceback" not in output.err
+        return output.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.num_step=3"], "ConfigError: train.num_step: unknown key; did you mean train.num_steps?"),
+        (["train.num_steps=many"], "train.num_steps='many'"),
+        (["train.num_steps=0"], "ConfigError: train.num_steps=0: must be at least 1"),
+        (["algorithm.loss.name=drop"], "algorithm.loss.name=drop: unknown loss; known are drpo"),
+        (["policy.megatron_overrides={moe_topk: 1}"], "policy.megatron_overrides.moe_topk: not a field"),
+        (["checkpoint.load_path=nowhere"], "checkpoint.load_path=nowhere: no such folder"),
+        (["policy.model_path=nowhere"], "policy.model_path: nowhere"),
+        (["data.train_path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.eval_path=gone.jsonl", "eval.every_steps=1"], "gone.jsonl"),
+        (["reward.name=no_such_module:score"], "reward.name=no_such_module:score: module no_such_module cannot"),
+        (["reward.name=json:no_such_function"], "module json has no function no_such_function"),
+        (["reward.name=nonsense"], "reward.name=nonsense: expected math_verify, exact_match or module:function"),
+        (
+            ["parallel.data_parallel_size=2", "parallel.expert_parallel_size=2", "policy.model_path=nowhere"],
+            "nowhere",
+        ),
+        (
+            ["parallel.pipeline_parallel_size=3"],
+            "virtual_pipeline_parallel_size = 3 must divide the model's num_hidden_layers, 4",
+        ),
+        (
+            ["parallel.tensor_parallel_size=3", "parallel.sequence_parallel=true"],
+            "parallel.tensor_parallel_size=3 must divide the model's num_attention_heads, 4",
+        ),
+        (
+            [
+                "parallel.data_parallel_size=3",
+                "parallel.expert_parallel_size=3",
+                "rollout.num_prompts_per_step=3",
+            ],
+            "parallel.expert_parallel_size=3 must divide the model's num_experts, 8",
+        ),
+    ],
+)
+def test_configuration(
+    refuse: Callable[[list[str]], str], run_arguments: RunArguments, overrides: list[str], expected: str
+) -> None:
+    assert expected in refuse(run_arguments(*overrides))
+
+
+def test_several_problems_are_told_at_once(
+    refuse: Callable[[list[str]], str], run_arguments: RunArguments
+) -> None:
+    in_config = refuse(run_arguments("train.num_steps=0", "rollout.top_p=2", "polici.dtype=fp32"))
+    assert in_config.startswith("ConfigError: 3 problems in the configuration:\n")
+    for name in ("train.num_steps=0", "rollout.top_p=2", "polici: unknown key; did you mean policy?"):
+        assert name in in_config
+    in_files = refuse(
+        run_arguments("data.train_path=nowhere.jsonl", "parallel.tensor_parallel_size=3", "reward.name=x")
+    )
+    for name in ("nowhere.jsonl", "parallel.tensor_parallel_size=3", "reward.name=x"):
+        assert name in in_files
+
+
+# --------------------------------------------------------------------------------------- model folders
+
+
+@pytest.fixture
+def copy_model(model_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_path, tmp_path / "model"))
+
+
+def _drop_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _truncate_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 4096)
+
+
+def _list_a_missing_shard(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = {"model.norm.weight": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _change_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def _break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_drop_weights, ["safetensors"]),
+        (_truncate_weights, ["model.safetensors", "truncated"]),
+        (_list_a_missing_shard, ["model-00002-of-00002.safetensors"]),
+        (_break_config, ["config.json"]),
+        (_change_config(model_type="llama"), ["llama", "qwen3_moe"]),
+        (_change_config(num_hidden_layers=6), ["model.layers.4"]),
+        (_change_config(hidden_size=128), ["128"]),
+        (_change_config(rope_scaling={"type": "yarn"}), ["rope_scaling"]),
+    ],
+)
+def test_model_folders(
+    refuse: Callable[[list[str]], str],
+    run_arguments: RunArguments,
+    copy_model: Path,
+    damage: Callable[[Path], None],
+    expected: list[str],
+) -> None:
+    damage(copy_model)
+    error = refuse(run_arguments(f"policy.model_path={copy_model}"))
+    assert "policy.model_path: " in error
+    for text in (str(copy_model), *expected):
+        assert text in error
+
+
+# ---------------------------------------------------------------------------------------- prompt lines
+
+
+def test_broken_prompt_lines(
+    refuse: Callable[[list[str]], str],
+    run_arguments: RunArguments,
+    tmp_path: Path,
+    prompts_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Named by file and line number from 1; skipped when that is wanted."""
+    path = tmp_path / "broken.jsonl"
+    good = prompts_path.read_text().splitlines()[:8]
+    path.write_text("\n".join([*good[:2], "{not json", '{"prompt": "1+1="}', *good[2:]]) + "\n")
+    error = refuse(run_arguments(f"data.train_path={path}"))
+    for text in (f"{path}", "line 3", "line 4", "answer"):
+        assert text in error
+    assert cli.main(["check", *run_arguments(f"data.train_path={path}", "data.on_bad_line=skip")]) == 0
+    assert "on_bad_line: skip" in capsys.readouterr().out
+
+
+def test_a_file_without_any_good_line(
+    refuse: Callable[[list[str]], str], run_arguments: RunArguments, tmp_path: Path
+) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("nothing\n")
+    assert str(path) in refuse(run_arguments(f"data.train_path={path}", "data.on_bad_line=skip"))
+
+
+# -------------------------------------------------------------------------------- known on a rank only
+
+
+@pytest.fixture
+def rank_config(
+    run_arguments: RunArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_rank: ParallelState
+) -> Callable[..., Config]:
+    """`rank_config("key=value", ...)` of a run whose only rank is this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: load_config(run_arguments(*overrides))
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[[Callable[[socket.socket], None], Callable[[], None]], str]]:
+    """`serve(run, stop)`: run a server in a thread, until the tests of this file are done; its URL."""
+    running: list[tuple[threading.Thread, Callable[[], None], socket.socket]] = []
+
+    def start(run: Callable[[socket.socket], None], stop: Callable[[], None]) -> str:
+        listening = socket.create_server(("127.0.0.1", 0))
+        thread = threading.Thread(target=run, args=(listening,))
+        thread.start()
+        running.append((thread, stop, listening))
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield start
+    for thread, stop, listening in running:
+        stop()
+        thread.join(10)
+        listening.close()
+
+
+@pytest.fixture(scope="module")
+def endpoint(serve: Callable[..., str], model_path: Path) -> str:
+    """An embedded server."""
+    server = EmbeddedServer(model_path=model_path, dtype=torch.float32, num_slots=8, deterministic=False)
+    return serve(server.serve, server.stop)
+
+
+@pytest.fixture(scope="module")
+def broken_endpoint(serve: Callable[..., str]) -> str:
+    """A server that is healthy and takes weights... but answers everything else with 500."""
+
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("")
+
+    async def fail(_: Request) -> Response:
+        return JSONResponse({"error": {"message": "the device fell over"}}, status_code=500)
+
+    app = Starlette(
+        routes=[Route("/health", health), Route("/{path:path}", fail, methods=["GET", "POST"])]
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+
+    def stop() -> None:
+        server.should_exit = True
+
+    return serve(lambda listening: server.run(sockets=[listening]), stop)
+
+
+def fails(config: Config, error: type[DrpoError], *expected: str, within_s: float) -> None:
+    begin = time.monotonic()
+    resource_tracker.ensure_running()  # the standard library's; it stays for the life of this process
+    children = set(psutil.Process().children(recursive=True))
+    with pytest.raises(error) as caught:
+        train.run(config)
+    assert time.monotonic() - begin < within_s
+    for text in expected:
+        assert text in str(caught.value)
+    left = set(psutil.Process().children(recursive=True)) - children
+    gone, alive = psutil.wait_procs(left, timeout=3)
+    assert not alive, alive
+    assert not (Path(config.run_dir) / "hf").exists()
+
+
+REWARDS = """
+import time
+
+def raises(rollout):
+    raise KeyError("no such unit")
+
+def hangs(rollout):
+    time.sleep(60)
+
+def returns_text(rollout):
+    return "good"
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("raises", "KeyError: 'no such unit'"),
+        ("hangs", "no result within reward.timeout_s=0.3"),
+        ("returns_text", "it returned 'good', expected a finite number"),
+    ],
+)
+def test_rewards(
+    rank_config: Callable[..., Config], endpoint: str, tmp_path: Path, function: str, expected: str
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    name = f"my_rewards:{function}"
+    config = rank_config(
+        f"reward.name={name}", "reward.timeout_s=0.3", f"rollout.endpoints=[{endpoint}]"
+    )
+    fails(config, RewardError, f"reward {name}: prompt ", ", sample ", expected, within_s=20)
+
+
+@pytest.mark.timeout(60)
+def test_an_absent_server(rank_config: Callable[..., Config]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        absent = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    config = rank_config(f"rollout.endpoints=[{absent}]", "rollout.startup_timeout_s=1")
+    fails(config, RolloutError, absent, "did not answer within 1 s", within_s=15)
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_answers_500(rank_config: Callable[..., Config], broken_endpoint: str) -> None:
+    config = rank_config(f"rollout.endpoints=[{broken_endpoint}]", "rollout.num_retries=1")
+    fails(config, RolloutError, broken_endpoint, "500", "the device fell over", within_s=15)
+
+
+def test_a_wrong_number_of_ranks(
+    run_arguments: RunArguments,
+    one_rank: ParallelState,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """A rank says it and leaves at once, for the others may wait for it in a collective."""
+
+    class Exit(Exception):
+        pass
+
+    def leave(status: int) -> None:
+        raise Exit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    arguments = run_arguments("parallel.data_parallel_size=2", "rollout.endpoints=[http://127.0.0.1:1]")
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(Exit, match="1"):
+        train.main()
+    assert "ConfigError (rank 0): 1 rank(s) were started, but" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_starts_no_server(
+    run_arguments: RunArguments,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Exit(Exception):
+        pass
+
+    def leave(status: int) -> None:
+        raise Exit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["train", *run_arguments()])
+    with pytest.raises(Exit, match="1"):
+        train.main()
+    assert "rollout.endpoints is empty: a rank starts no server" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- whole processes
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the run ended before anything happened"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_server_that_dies(run_arguments: RunArguments, tmp_path: Path) -> None:
+    """The run ends with an error that names the server and shows its log; no process is left."""
+    arguments = run_arguments("train.num_steps=100000", "checkpoint.export_hf=false", "rollout.num_retries=1")
+    log = tmp_path / "stderr"
+    with log.open("wb") as stderr:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "megatron_drpo.cli", "train", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, run, 80)
+        children = psutil.Process(run.pid).children(recursive=True)
+        (server,) = [child for child in children if "megatron_drpo.rollout.embedded" in child.cmdline()]
+        server.kill()
+        assert run.wait(30) == 1
+    finally:
+        run.kill()
+        run.wait()
+    error = log.read_text()
+    assert "rollout server 0 (http://127.0.0.1:" in error
+    assert "died, exit code -9" in error
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, alive

@@ -1,0 +1,265 @@
+"""The Megatron model against transformers, its configuration, and the keys of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_drpo.config import Config, Dtype, ParallelConfig, Recompute
+from megatron_drpo.errors import ConfigError
+from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.models.load import load_hf_weights
+from megatron_drpo.models.registry import get_family
+from megatron_drpo.packing import pack
+from megatron_drpo.platform import Platform
+from megatron_drpo.policy.forward import run_model
+from megatron_drpo.policy.model import (
+    PolicyModel,
+    build_model_chunks,
+    build_transformer_config,
+    check_megatron_overrides,
+    padded_vocabulary_size,
+    unwrap,
+    wrap_data_parallel,
+)
+from megatron_drpo.policy.parallel import ParallelState
+from megatron_drpo.types import TrainSequence
+
+MODELS = ["dense", "dense_tied", "moe", "moe_renormalised", "moe_mixed", "moe_sparse_step_tied"]
+LENGTHS = [5, 17, 1 + 1, 9, 31]
+
+L, H, E, F = 4, 64, 8, 32  # layers, hidden size, experts, width of an expert
+ATTENTION_SHAPES = {
+    "self_attention.linear_qkv.layer_norm_weight": (H,),
+    "self_attention.linear_qkv.weight": ((4 + 2 * 2) * 16, H),
+    "self_attention.q_layernorm.weight": (16,),
+    "self_attention.k_layernorm.weight": (16,),
+    "self_attention.linear_proj.weight": (H, 4 * 16),
+}
+DENSE_SHAPES = {
+    "mlp.linear_fc1.layer_norm_weight": (H,),
+    "mlp.linear_fc1.weight": (2 * 96, H),
+    "mlp.linear_fc2.weight": (H, 96),
+}
+EXPERT_SHAPES = {
+    "pre_mlp_layernorm.weight": (H,),
+    "mlp.router.weight": (E, H),
+    "mlp.experts.experts.linear_fc1.weight": (E, 2 * F, H),
+    "mlp.experts.experts.linear_fc2.weight": (E, H, F),
+}
+EMBEDDING_SHAPES = {"embedding.word_embeddings.weight": (128, H), "decoder.final_layernorm.weight": (H,)}
+OUTPUT_SHAPE = {"output_layer.weight": (128, H)}
+
+
+def stacked(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"decoder.layers.{name}": (L, *shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def architecture(hf_model: Callable[[str], Path]) -> Callable[[str], ArchitectureConfig]:
+    def read(name: str) -> ArchitectureConfig:
+        folder = HfFolder(hf_model(name))
+        return get_family(folder.config).architecture(folder.config)
+
+    return read
+
+
+@pytest.fixture
+def build_model(
+    cpu_platform: Platform,
+    one_rank: ParallelState,
+    hf_model: Callable[[str], Path],
+    architecture: Callable[[str], ArchitectureConfig],
+    policy_config: Callable[..., Config],
+) -> Callable[..., PolicyModel]:
+    """`build_model(name, **policy_fields)`: the bare model of one rank, weights loaded."""
+
+    def build(name: str, **fields: Any) -> PolicyModel:
+        described = architecture(name)
+        config = build_transformer_config(policy_config(name, **fields), described, cpu_platform)
+        (model,) = build_model_chunks(config, described, cpu_platform, one_rank.device)
+        folder = HfFolder(hf_model(name))
+        load_hf_weights([model], folder, get_family(folder.config).mapping(described))
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_of_packed_sequences(
+    build_model: Callable[..., PolicyModel],
+    hf_model: Callable[[str], Path],
+    make_sequences: Callable[..., list[TrainSequence]],
+    name: str,
+) -> None:
+    """Each sequence as if it were alone, whatever is packed beside it; padding changes nothing."""
+    sequences = make_sequences(LENGTHS)
+    micro_batch = pack(sequences, [s.advantages for s in sequences], pad_to_multiple=16)
+    model = build_model(name).eval()
+    hidden = run_model(micro_batch, model)
+    assert hidden.shape == (micro_batch.num_tokens, 1, H)
+    logits = (hidden[:, 0] @ model.output_weight().T)[: sum(LENGTHS)]
+    assert logits.shape[1] == 128
+    assert torch.equal(logits[:, 101:], torch.zeros_like(logits[:, 101:]))  # rows of the padding are zero
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf_model(name)).eval()
+    expected = torch.cat([reference(sequence.token_ids[None]).logits[0] for sequence in sequences])
+    assert expected.std() > 0.5  # the tolerance means something
+    torch.testing.assert_close(logits[:, :101], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dense", EMBEDDING_SHAPES | OUTPUT_SHAPE | stacked(ATTENTION_SHAPES | DENSE_SHAPES)),
+        ("dense_tied", EMBEDDING_SHAPES | stacked(ATTENTION_SHAPES | DENSE_SHAPES)),
+        ("moe", EMBEDDING_SHAPES | OUTPUT_SHAPE | stacked(ATTENTION_SHAPES | EXPERT_SHAPES)),
+        (
+            "moe_mixed",
+            EMBEDDING_SHAPES
+            | OUTPUT_SHAPE
+            | {
+                f"decoder.layers.{layer}.{key}": shape
+                for layer in range(L)
+                for key, shape in (
+                    ATTENTION_SHAPES | (DENSE_SHAPES if layer == 1 else EXPERT_SHAPES)
+                ).items()
+            },
+        ),
+    ],
+)
+def test_checkpoint_keys_are_those_of_transformer_engines_layers(
+    build_model: Callable[..., PolicyModel], name: str, expected: dict[str, tuple[int, ...]]
+) -> None:
+    """So that CPU and GPU checkpoints are the same. The local specs of upstream differ for MoE layers."""
+    shapes = {}
+    for entry in build_model(name).sharded_state_dict().values():
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for part in parts:
+            if isinstance(part, ShardedTensor):
+                shapes[part.key] = tuple(part.global_shape)
+    assert shapes == expected
+
+
+def test_tied_embeddings_share_one_parameter(build_model: Callable[..., PolicyModel]) -> None:
+    tied, untied = build_model("dense_tied"), build_model("dense")
+    assert tied.output_weight() is tied.embedding.word_embeddings.weight
+    assert untied.output_weight() is not untied.embedding.word_embeddings.weight
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor_size", "expected"),
+    [(1, 1, 128), (128, 1, 128), (129, 1, 256), (101, 2, 256), (151936, 8, 152576)],
+)
+def test_padded_vocabulary(vocab_size: int, tensor_size: int, expected: int) -> None:
+    assert padded_vocabulary_size(vocab_size, tensor_size) == expected
+
+
+def test_unknown_overrides_name_the_nearest_field() -> None:
+    problems = check_megatron_overrides({"moe_router_topkk": 2, "moe_aux_loss_coeff": 0.0, "zzzz": 1})
+    assert problems == [
+        "policy.megatron_overrides.moe_router_topkk: not a field of TransformerConfig; "
+        "did you mean moe_router_topk?",
+        "policy.megatron_overrides.zzzz: not a field of TransformerConfig",
+    ]
+
+
+def test_overrides_come_last_and_act(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+    build_model: Callable[..., PolicyModel],
+    make_sequences: Callable[..., list[TrainSequence]],
+) -> None:
+    described = architecture("moe")
+    overrides = {"moe_router_topk": 1, "layernorm_epsilon": 0.5}
+    config = build_transformer_config(
+        policy_config("moe", megatron_overrides=overrides), described, cpu_platform
+    )
+    assert (config.moe_router_topk, config.layernorm_epsilon) == (1, 0.5)
+    plain = build_transformer_config(policy_config("moe"), described, cpu_platform)
+    assert (plain.moe_router_topk, plain.layernorm_epsilon) == (2, 1e-6)
+    sequences = make_sequences([6])
+    micro_batch = pack(sequences, [s.advantages for s in sequences], pad_to_multiple=1)
+    with torch.no_grad():
+        first, second = (
+            run_model(micro_batch, build_model("moe", megatron_overrides=o)) for o in ({}, overrides)
+        )
+    assert (first - second).abs().max() > 0.1
+
+
+def test_a_combination_that_megatron_refuses(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+) -> None:
+    config = policy_config("moe", megatron_overrides={"recompute_granularity": "sometimes"})
+    with pytest.raises(ConfigError, match=r"Megatron refuses this configuration: .*sometimes"):
+        build_transformer_config(config, architecture("moe"), cpu_platform)
+
+
+def test_the_interleaved_schedule_gets_the_p2p_that_exchanges_the_right_tensors(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+) -> None:
+    config = policy_config("moe")
+    for virtual in (1, 2):
+        config.parallel = ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=virtual)
+        built = build_transformer_config(config, architecture("moe"), cpu_platform)
+        assert built.overlap_p2p_comm is (virtual > 1)
+        assert built.batch_p2p_comm is (virtual == 1)
+        assert built.variable_seq_lengths
+
+
+@pytest.mark.parametrize(
+    ("recompute", "expected"),
+    [
+        (Recompute.none, (None, None, None)),
+        (Recompute.selective, ("selective", None, None)),
+        (Recompute.full, ("full", "uniform", 1)),
+    ],
+)
+def test_recompute_settings(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+    recompute: Recompute,
+    expected: tuple[str | None, str | None, int | None],
+) -> None:
+    config = build_transformer_config(policy_config("moe", recompute=recompute), architecture("moe"), cpu_platform)
+    found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
+    assert found == expected
+
+
+def test_bf16_keeps_gradients_in_fp32(build_model: Callable[..., PolicyModel]) -> None:
+    model = build_model("moe", dtype=Dtype.bf16)
+    (wrapped,) = wrap_data_parallel([model], model.config)
+    assert unwrap(wrapped) is model
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if "router" in name and parameter.dtype is torch.float32 else torch.bfloat16
+        assert parameter.dtype is expected, name
+        assert parameter.main_grad.dtype is torch.float32, name
+
+
+def test_architecture_fields_reach_megatron(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+) -> None:
+    """The plain sum of the loss, and nothing random, whatever the architecture."""
+    described = replace(architecture("moe"), norm_eps=1e-3)
+    config = build_transformer_config(policy_config("moe"), described, cpu_platform)
+    assert config.layernorm_epsilon == 1e-3
+    assert config.calculate_per_token_loss
+    assert config.moe_router_load_balancing_type == "none"
+    assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0)

@@ -1,0 +1,195 @@
+"""Prompts to groups over real embedded servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from megatron_drpo.config import RolloutConfig
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.embedded.runner import load_model
+from megatron_drpo.rollout.engine import RolloutEngine, sample_seed
+from megatron_drpo.types import FinishReason, Prompt, RolloutGroup
+
+Serve = Callable[..., str]
+MakeEngine = Callable[..., RolloutEngine]
+
+
+@pytest.fixture(scope="module")
+def endpoints(serve: Serve) -> list[str]:
+    return [serve(num_slots=4), serve(num_slots=4)]
+
+
+@pytest.fixture(scope="module")
+def closed_endpoint(serve: Serve) -> str:
+    return serve(num_slots=4, deterministic=True)
+
+
+@pytest.fixture
+def make_engine(tiny_moe: Path) -> Iterator[MakeEngine]:
+    """`make_engine(endpoints, seed=0, stop_token_ids=(1,), **config)`."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_moe)
+    with ExitStack() as stack:
+
+        def make(
+            endpoints: list[str], *, seed: int = 0, stop_token_ids: tuple[int, ...] = (1,), **fields: Any
+        ) -> RolloutEngine:
+            base = RolloutConfig(num_samples_per_prompt=3, max_response_tokens=20, num_retries=0)
+            config = dataclasses.replace(base, **fields)
+            engine = RolloutEngine(config, endpoints, tokenizer, list(stop_token_ids), 64, seed)
+            stack.callback(engine.close)
+            return engine
+
+        yield make
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    return [Prompt(id=10 + i, text="", token_ids=tuple(range(2, 4 + i % 5))) for i in range(count)]
+
+
+def values(groups: list[RolloutGroup]) -> list[tuple[list[int], list[float]]]:
+    return [
+        (rollout.response_ids, rollout.rollout_logprobs) for group in groups for rollout in group.rollouts
+    ]
+
+
+def test_groups_come_in_order_with_true_logprobs(
+    endpoints: list[str], make_engine: MakeEngine, tiny_moe: Path
+) -> None:
+    engine = make_engine(endpoints, temperature=0.8)
+    prompts = make_prompts(6)
+    finished: list[int] = []
+    groups = engine.generate(prompts, policy_version=2, step=0, on_progress=finished.append)
+    assert finished == [3, 6, 9, 12, 15, 18]
+    assert [group.prompt for group in groups] == prompts
+    model: PreTrainedModel = load_model(tiny_moe, torch.float32)
+    for group in groups:
+        assert [rollout.sample_index for rollout in group.rollouts] == [0, 1, 2]
+        for rollout in group.rollouts:
+            ids = rollout.response_ids
+            assert rollout.policy_versions == [0] * len(ids)
+            assert rollout.finish_reason is (FinishReason.stop if 1 in ids else FinishReason.length)
+            assert 1 not in ids[:-1]
+            assert len(ids) == 20 or ids[-1] == 1
+            assert rollout.text.split() == [f"t{i}" for i in ids if i > 1]
+            sequence = torch.tensor([[*group.prompt.token_ids, *ids]])
+            logits = model(sequence).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            expected = (logits.double() / 0.8).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+            actual = torch.tensor(rollout.rollout_logprobs, dtype=torch.float64)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_seeds_decide_the_samples_wherever_they_run(endpoints: list[str], make_engine: MakeEngine) -> None:
+    """Two servers or one, all prompts or some: the same tokens; another step or run seed: others."""
+    prompts = make_prompts(4)
+    tokens = [ids for ids, _ in values(make_engine(endpoints).generate(prompts, policy_version=0, step=5))]
+    engine = make_engine(endpoints[:1], max_concurrent_requests=1)
+    again = [ids for ids, _ in values(engine.generate(prompts[2:], policy_version=0, step=5))]
+    assert again == tokens[6:]
+    assert len({tuple(ids) for ids in tokens}) == len(tokens)
+    other_step = [ids for ids, _ in values(engine.generate(prompts, policy_version=0, step=6))]
+    other_run = [
+        ids for ids, _ in values(make_engine(endpoints, seed=1).generate(prompts, policy_version=0, step=5))
+    ]
+    assert other_step != tokens
+    assert other_run != tokens
+
+
+def test_sample_seeds_are_stable_across_releases() -> None:
+    """Golden values: a change here changes every run."""
+    assert sample_seed(0, 0, 0, 0) == 8662518681111019217
+    assert sample_seed(1, 22, 333, 4444) == 3342449704403661612
+    seeds = {sample_seed(0, s, p, i) for s in range(10) for p in range(10) for i in range(10)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_arguments_replace_the_configuration(endpoints: list[str], make_engine: MakeEngine) -> None:
+    engine = make_engine(endpoints, stop_token_ids=())
+    [group] = engine.generate(
+        make_prompts(1), policy_version=0, step=0, num_samples_per_prompt=5, temperature=0.0, top_p=0.5
+    )
+    assert len(group.rollouts) == 5
+    assert len({tuple(rollout.response_ids) for rollout in group.rollouts}) == 1
+
+
+def test_configured_stop_tokens_are_added(endpoints: list[str], make_engine: MakeEngine) -> None:
+    greedy = {"temperature": 0.0, "num_samples_per_prompt": 1}
+    [group] = make_engine(endpoints).generate(make_prompts(1), policy_version=0, step=0, **greedy)
+    free = group.rollouts[0].response_ids
+    engine = make_engine(endpoints, stop_token_ids=[free[3]])
+    [group] = engine.generate(make_prompts(1), policy_version=0, step=0, **greedy)
+    assert group.rollouts[0].response_ids == free[: free.index(free[3]) + 1]
+
+
+def test_deterministic_rollouts_are_bit_equal_under_other_traffic(
+    closed_endpoint: str, make_engine: MakeEngine
+) -> None:
+    prompts = make_prompts(5)
+    engine = make_engine([closed_endpoint], deterministic=True)
+    engine.wait_until_ready(5)
+    finished: list[int] = []
+    quiet = engine.generate(prompts, policy_version=0, step=1, on_progress=finished.append)
+    assert finished == [15]
+    stop = threading.Event()
+
+    def disturb() -> None:
+        with_noise = dataclasses.replace(noise._config, deterministic=False)
+        noise._config = with_noise
+        while not stop.is_set():
+            noise.generate(make_prompts(3), policy_version=0, step=0)
+
+    noise = make_engine([closed_endpoint], seed=9, max_response_tokens=7)
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert values(engine.generate(prompts, policy_version=0, step=1)) == values(quiet)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_deterministic_needs_servers_started_for_it(endpoints: list[str], make_engine: MakeEngine) -> None:
+    with pytest.raises(RolloutError, match=rf"{endpoints[0]}: rollout.deterministic=true needs"):
+        make_engine(endpoints, deterministic=True).wait_until_ready(5)
+
+
+def test_no_prompts_no_requests(closed_endpoint: str, make_engine: MakeEngine) -> None:
+    for deterministic in (False, True):
+        engine = make_engine([closed_endpoint], deterministic=deterministic)
+        assert engine.generate([], policy_version=0, step=0) == []
+
+
+def test_a_refusal_names_server_and_request(endpoints: list[str], make_engine: MakeEngine) -> None:
+    engine = make_engine(endpoints[:1], max_response_tokens=255)
+    with pytest.raises(
+        RolloutError, match=rf"{endpoints[0]}/generate: HTTP 400: request step3-prompt1\d-.*255"
+    ):
+        engine.generate(make_prompts(3), policy_version=0, step=3)
+    engine = make_engine(endpoints, num_samples_per_prompt=1)
+    outside = Prompt(id=7, text="", token_ids=(64,))
+    with pytest.raises(RolloutError, match="step3-prompt7-sample0: input id 64"):
+        engine.generate([outside], policy_version=0, step=3)
+
+
+def test_a_server_that_is_not_there(make_engine: MakeEngine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        endpoint = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    engine = make_engine([endpoint])
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match=rf"{endpoint}: /health did not answer within 0.3 s"):
+        engine.wait_until_ready(0.3)
+    assert time.monotonic() - start < 2
+    with pytest.raises(RolloutError, match=rf"{endpoint}/generate: cannot be reached"):
+        engine.generate(make_prompts(2), policy_version=0, step=0)

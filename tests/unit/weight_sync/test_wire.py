@@ -1,0 +1,120 @@
+"""Buckets survive the wire; nothing but tensors does."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_drpo.errors import WeightSyncError
+from megatron_drpo.weight_sync.wire import decode_bucket, encode_bucket
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float8_e4m3fn]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    specs=st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3), st.booleans()), max_size=8
+    )
+)
+def test_round_trip_is_exact(specs: list[tuple[torch.dtype, list[int], bool]]) -> None:
+    torch.manual_seed(0)
+    tensors = []
+    for i, (dtype, shape, transpose) in enumerate(specs):
+        tensor = (torch.randn(shape) * 50).to(dtype)
+        tensors.append((f"t{i}", tensor.T if transpose and tensor.dim() == 2 else tensor))
+    decoded = decode_bucket(encode_bucket(tensors).decode())
+    assert [name for name, _ in decoded] == [name for name, _ in tensors]
+    for (_, actual), (_, expected) in zip(decoded, tensors, strict=True):
+        assert actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        assert torch.equal(bits(actual), bits(expected))
+
+
+def test_any_pickle_reads_it_as_plain_named_tensors() -> None:
+    """As SGLang does, whose unpickler allows the same globals."""
+    weight = torch.randn(3, 4, requires_grad=True)
+    [(name, tensor)] = pickle.loads(base64.b64decode(encode_bucket([("w", weight)])))
+    assert name == "w"
+    assert torch.equal(tensor, weight)
+    assert not tensor.requires_grad
+
+
+def test_a_plain_pickle_of_tensors_is_read() -> None:
+    tensors = [("a", torch.randn(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16))]
+    decoded = decode_bucket(base64.b64encode(pickle.dumps(tensors)).decode())
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(decoded, tensors, strict=True))
+
+
+def test_all_tensors_share_one_storage() -> None:
+    """Small expert matrices must not cost a pickled storage each."""
+    tensors = [(f"e{i}", torch.full((4, 4), float(i))) for i in range(100)]
+    payload = encode_bucket(tensors)
+    assert len(payload) < len(base64.b64encode(pickle.dumps(tensors))) / 2
+    decoded = decode_bucket(payload.decode())
+    assert len({tensor.untyped_storage().data_ptr() for _, tensor in decoded}) == 1
+
+
+class _Hostile:
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # by torch.load, of the inner pickle
+def test_hostile_pickles_are_refused_and_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    nested = pickle.dumps(_Hostile(os.mkdir, str(target)))
+    attacks = {
+        "posix.mkdir": _Hostile(os.mkdir, str(target)),
+        "builtins.eval": _Hostile(eval, f"__import__('os').mkdir({str(target)!r})"),
+        "torch.serialization.load": _Hostile(torch.load, str(target)),
+        "cannot be read": _Hostile(torch.storage._load_from_bytes, nested),
+    }
+    for message, attack in attacks.items():
+        payload = base64.b64encode(pickle.dumps([("w", attack)])).decode()
+        with pytest.raises(WeightSyncError, match=message):
+            decode_bucket(payload)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "value", [{"w": torch.ones(1)}, [torch.ones(1)], [("w", 1.0)], [(1, torch.ones(1))], [("w",)], "w"]
+)
+def test_other_values_are_refused(value: object) -> None:
+    with pytest.raises(WeightSyncError, match="not a list of"):
+        decode_bucket(base64.b64encode(pickle.dumps(value)).decode())
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_payloads_are_errors_of_ours() -> None:
+    """Cut or flipped anywhere, and never a crash."""
+    data = bytearray(base64.b64decode(encode_bucket([("w", torch.randn(5, 5)), ("v", torch.ones(2))])))
+    generator = random.Random(0)
+    num_refused = 0
+    for _ in range(300):
+        damaged = data[: generator.randrange(len(data))] if generator.random() < 0.3 else bytearray(data)
+        if damaged:
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        try:
+            decode_bucket(base64.b64encode(damaged).decode())
+        except WeightSyncError:
+            num_refused += 1
+    assert num_refused > 100
+    with pytest.raises(WeightSyncError, match="cannot be read"):
+        decode_bucket("no base64!")
