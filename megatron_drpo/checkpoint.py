@@ -101,7 +101,8 @@ class Checkpointer:
             return None
         if path.name.startswith(_PARTIAL) or not (path / _RUN_STATE).is_file():
             raise CheckpointError(
-                f"{path} is not a complete checkpoint: choose another with checkpoint.load_path"
+                f"{path} is not a complete checkpoint: start from another one with "
+                "checkpoint.resume=false checkpoint.load_path=FOLDER"
             )
         return path
 
@@ -241,7 +242,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except _WRITE_ERRORS as error:
-        raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from error
+        raise CheckpointError(
+            f"{path} cannot be written: {_reason(error)} (check free space and permissions there)"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -15,6 +15,8 @@ EXPECTED = (
     "When using sequence parallelism it is recommended to set",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`load_state_dict` is deprecated and will be removed",
+    "Please use DTensor instead",
 )
 """How each begins; no commas, which PYTHONWARNINGS would split at."""
 

@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ignore_expected_warnings()  # also in every process a test starts
+transformers.utils.logging.disable_progress_bar()
 
 _WORKER = Path(__file__).parent / "distributed_worker.py"
 _GRACE_S = 2.0

@@ -14,20 +14,18 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
+from tools.killable_run import Run, kill_all, marked_processes, wait_for_orphans
 from tools.tiny_model import write_tiny_moe
 
 NUM_STEPS = 14
@@ -37,123 +35,12 @@ RESHARD_STEP = 4
 LOSS_LIMIT = 1e-6
 """Of the loss's difference between layouts; per-token losses are of the order of 1."""
 MAX_SAVE_ATTEMPTS = 5
-RUN_TIMEOUT_S = 600.0
-ORPHAN_TIMEOUT_S = 10.0
-MARK = "MEGATRON_DRPO_KILL_RESUME"
-"""Environment variable by which every descendant of this tool is recognised."""
 
 EP2 = ("parallel.data_parallel_size=2", "parallel.expert_parallel_size=2")
 _TENSOR2 = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
 TP2 = (*_TENSOR2, "parallel.expert_tensor_parallel_size=2")
 SINGLE: tuple[str, ...] = ()
 TP2_PP2_EP2 = (*_TENSOR2, "parallel.pipeline_parallel_size=2", "parallel.expert_parallel_size=2")
-
-
-# ------------------------------------------------------------------------------------------ one run
-
-
-@dataclass
-class Run:
-    """A run directory and the command that works on it; `start` may be called again after a kill."""
-
-    folder: Path
-    overrides: tuple[str, ...]
-    mark: str
-    started: float = 0.0
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "megatron_drpo.cli",
-                    "train",
-                    f"run_dir={self.folder}",
-                    *self.overrides,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark},
-            )
-        self.started = time.monotonic()
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_suffix(".log")
-
-    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Poll without sleeping long: a save of a tiny model takes a few hundredths of a second."""
-        assert self.process is not None
-        while not condition():
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the run ended before {what}; the end of its output:\n{self.log_tail()}")
-            if time.monotonic() - self.started > RUN_TIMEOUT_S:
-                raise RuntimeError(f"no {what} within {RUN_TIMEOUT_S:g} s:\n{self.log_tail()}")
-            time.sleep(0.0005)
-
-    def finish(self) -> None:
-        """Wait until the run has ended well."""
-        assert self.process is not None
-        status = self.process.wait(RUN_TIMEOUT_S)
-        if status != 0:
-            raise RuntimeError(f"exit status {status}; the end of its output:\n{self.log_tail()}")
-
-    def log_tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-
-    def last_step(self) -> int:
-        """Of metrics.jsonl; 0 before the first line."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-
-    def is_saving(self) -> bool:
-        return any(self.checkpoints.glob(".partial_step_*"))
-
-    def latest(self) -> str:
-        pointer = self.checkpoints / "latest"
-        return pointer.read_text().strip() if pointer.is_file() else "none"
-
-    def losses(self) -> dict[int, float]:
-        return {int(record["step"]): float(record["loss/value"]) for record in comparable_metrics(self)}
-
-
-def marked_processes(mark: str) -> list[psutil.Process]:
-    """All living processes started by this tool, orphans included."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # it ended meanwhile, or is somebody else's
-            continue
-    return found
-
-
-def kill_all(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-
-
-def wait_until_none(mark: str) -> float | None:
-    """Seconds until every process was gone; None if some would not go."""
-    start = time.monotonic()
-    while marked_processes(mark):
-        if time.monotonic() - start > ORPHAN_TIMEOUT_S:
-            return None
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 # -------------------------------------------------------------------------------------------- kills
@@ -192,7 +79,7 @@ def draw_plans(generator: random.Random, num_kills: int) -> list[Plan]:
     steps = sorted(generator.sample(range(1, NUM_STEPS - SAVE_EVERY_STEPS), num_kills))
     plans = [Plan(step, delay_s=generator.uniform(0.0, 0.6)) for step in steps]
     start = generator.randrange(1, num_kills)
-    plans[start] = Plan(None, delay_s=generator.uniform(1.0, 8.0))
+    plans[start] = Plan(None, delay_s=generator.uniform(1.0, 10.0))
     save = generator.choice([i for i in range(num_kills) if i != start])
     plans[save] = Plan(-(-steps[save] // SAVE_EVERY_STEPS) * SAVE_EVERY_STEPS, during_save=True)
     plans.append(Plan(NUM_STEPS - 2, delay_s=generator.uniform(0.0, 0.3), supervisor_only=True))
@@ -219,10 +106,9 @@ def kill_once(run: Run, plan: Plan) -> Kill:
     run.process.wait()
     if not plan.supervisor_only:
         kill_all(marked_processes(run.mark))  # born while the list was made
-    gone = wait_until_none(run.mark)
-    left = [] if gone is not None else marked_processes(run.mark)
-    kill_all(left)
-    return Kill(plan, run.last_step(), run.is_saving(), run.latest(), len(victims), len(left))
+    orphans = wait_for_orphans(run.mark)
+    kill_all(orphans)
+    return Kill(plan, run.last_step(), run.is_saving(), run.latest(), len(victims), len(orphans))
 
 
 def kill_and_resume(run: Run, plans: list[Plan], report: Callable[[Kill], None]) -> list[Kill]:
@@ -250,32 +136,19 @@ def kill_and_resume(run: Run, plans: list[Plan], report: Callable[[Kill], None])
 # --------------------------------------------------------------------------------------- comparison
 
 
-def comparable_metrics(run: Run) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measured."""
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if not name.startswith(("time/", "throughput/"))
-        }
-        for line in lines
-    ]
-
-
 def file_contents(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
 def compare(reference: Run, killed: Run) -> list[tuple[str, str, bool]]:
     """(what, verdict, ok) per row."""
-    expected, found = comparable_metrics(reference), comparable_metrics(killed)
+    expected, found = reference.metrics(), killed.metrics()
     different = [a["step"] for a, b in zip(expected, found, strict=False) if a != b]
     rows = [
         (
             "metrics.jsonl",
             f"{len(found)} of {len(expected)} lines, different at steps {different or 'none'}",
-            expected == found and len(expected) == NUM_STEPS,
+            expected == found and reference.last_step() == NUM_STEPS,
         )
     ]
     for name, folder, pattern in (("exported weights", "hf", "*"), ("rollouts", "rollouts", "*.jsonl")):
@@ -313,6 +186,8 @@ class Proof:
         return (
             "platform=cpu",
             f"data.train_path={prompts}",
+            f"data.eval_path={prompts}",
+            f"eval.every_steps={RESHARD_STEP}",
             f"policy.model_path={model}",
             "policy.dtype=fp32",
             "optimizer.lr=1e-3",
@@ -334,7 +209,7 @@ class Proof:
         with self.console.status(f"run: {name}"):
             run.start()
             run.finish()
-        self.console.print(f"{name}: {time.monotonic() - run.started:.0f} s")
+        self.console.print(f"{name}: {time.time() - run.started:.0f} s")
         return run
 
     def verdict(self, ok: bool) -> str:
@@ -377,7 +252,7 @@ class Proof:
         ):
             path = saved.checkpoints / f"step_{RESHARD_STEP:06d}"
             resumed = self.complete(f"{saved_as} to {name}", *layout, until, f"checkpoint.load_path={path}")
-            expected, found = saved.losses()[step], resumed.losses()[step]
+            expected, found = saved.loss(step), resumed.loss(step)
             difference = abs(found - expected)
             ok = difference <= LOSS_LIMIT and abs(expected) > 100 * LOSS_LIMIT
             table.add_row(

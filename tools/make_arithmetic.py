@@ -1,11 +1,11 @@
 """Write the quickstart's data: `python tools/make_arithmetic.py` makes examples/data/ again, byte for byte.
 
-Sums of two numbers below 50. Every sum is in one file only: 256 of the 2500 are held out, with their
-answers; the others have the `answer` (what the reward compares with) and a `response` (a demonstration).
+Sums of two numbers below 50. 256 of the 2500 sums are held out, with their answers, and occur nowhere
+else. The others have an `answer`, which the reward compares with, and a `response`, a demonstration to imitate.
 
-The demonstrations are a poor teacher on purpose: only 30 % are right, 42 % are one too large and 28 % one
-too small. Whoever imitates them well is right 30 % of the time, and its single most likely answer is wrong:
-greedy decoding cannot repair it. Only the reward tells which of the three habits is the right one.
+The demonstrations are a poor teacher on purpose: 30 % are right, 42 % are ten too large and 28 % ten too
+small. Whoever imitates them perfectly is right 30 % of the time, and its single most likely answer is
+wrong, so greedy decoding cannot repair it. Only the reward tells which of the three habits is right.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "examples" / "data"
 NUM_NUMBERS = 50
 NUM_HELD_OUT = 256
-ERRORS = {0: 0.30, +1: 0.42, -1: 0.28}
+NUM_DEMONSTRATIONS = 2
+"""Per sum, drawn independently."""
+ERRORS = {0: 0.30, 10: 0.42, -10: 0.28}
 """What a demonstration is off by -> how often."""
 
 
@@ -28,15 +30,14 @@ def main() -> None:
     held_out = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums[:NUM_HELD_OUT]]
     train = []
     for a, b in sums[NUM_HELD_OUT:]:
-        (error,) = rng.choices(list(ERRORS), list(ERRORS.values()))
-        # 0+0 has no answer that is one too small.
-        response = str(abs(a + b + error))
-        train.append({"prompt": f"{a}+{b}=", "answer": str(a + b), "response": response})
+        for error in rng.choices(list(ERRORS), list(ERRORS.values()), k=NUM_DEMONSTRATIONS):
+            # abs: "7-10" would need a sign, which no sum has.
+            response = str(abs(a + b + error))
+            train.append({"prompt": f"{a}+{b}=", "answer": str(a + b), "response": response})
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, lines in {"arithmetic_train": train, "arithmetic_held_out": held_out}.items():
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        (FOLDER / f"{name}.jsonl").write_text(text)
-    print(f"{FOLDER}: {len(train)} sums to train on, {len(held_out)} held out")
+        (FOLDER / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    print(f"{FOLDER}: {len(train)} lines to train on, {len(held_out)} sums held out")
 
 
 if __name__ == "__main__":

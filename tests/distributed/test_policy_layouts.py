@@ -72,7 +72,8 @@ def train(config: Config, batches: list[list[TrainSequence]]) -> dict[str, Any]:
     platform = build_platform(PlatformName.cpu)
     parallel = initialise_parallel(config.parallel, "gloo", platform.prepare(0))
     policy = Policy(config, platform, parallel)
-    updates, logprobs = [], {}
+    updates: list[tuple[object, ...]] = []
+    logprobs: dict[int, torch.Tensor] = {}
     for batch in batches:
         share = batch
         if parallel.data_size > 1:

@@ -89,7 +89,8 @@ def update(policy: Any, steps: range) -> Continued:
     from megatron_drpo.global_batch import iter_global_batches
     from megatron_drpo.metrics.timing import StepTimer
 
-    parallel, results = policy.parallel, []
+    parallel = policy.parallel
+    results: list[Any] = []
     for step in steps:
         share = make_sequences(step)[parallel.data_rank :: parallel.data_size]
         [micro_batches] = iter_global_batches(policy.config, policy, share)
@@ -145,7 +146,7 @@ def check_close(found: Continued, expected: Continued) -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_resume_under_the_same_and_other_layouts(
-    run_distributed: Callable[..., list[list[Continued]]], hf_model: Callable[[str], Path], tmp_path: Path
+    run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model, ep2_dir, single_dir = hf_model("moe"), str(tmp_path / "ep2"), str(tmp_path / "single")
     undisturbed, same, tp2 = run_distributed(two_ranks, 2, model, ep2_dir)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron_drpo import cli
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.config import Config, ParallelConfig
 from megatron_drpo.config_io import load_config
+from megatron_drpo.data.tokenizer import load_tokenizer
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.lifetime import SUPERVISOR_PID
 from megatron_drpo.platform import Platform
@@ -54,7 +54,7 @@ ALWAYS = {
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, model_path: Path, prompts_path: Path) -> Iterator[Path]:
+def run_dir(tmp_path_factory: pytest.TempPathFactory, model_path: Path, prompts_path: Path) -> Path:
     """The folder of a run that has ended well; processes it started are gone."""
     path = tmp_path_factory.mktemp("train") / "run"
     held_out = path.parent / "held_out.jsonl"
@@ -99,7 +99,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, model_path: Path, prompts_
     left = set(psutil.Process().children(recursive=True)) - before
     commands = [" ".join(child.cmdline()) for child in left]
     assert not [command for command in commands if "megatron_drpo" in command]
-    yield path
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_the_policy_scores_tokens_as_the_server_sampled_them(metrics: list[dict[
     """One update per step, so pi = mu when it is made: a missed or wrong weight update would show at once."""
     for line in metrics[1:]:
         assert line["mismatch/logprob_abs_mean"] < 1e-5
-        assert line["mismatch/logprob_abs_max"] < 1e-4
+        assert line["mismatch/logprob_abs_max"] < 5e-5
         assert line["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
         assert line["reward/mean"] > 0
         assert line["optimizer/grad_norm"] > 0
@@ -176,7 +176,7 @@ def test_the_export_is_the_last_checkpoint(
 
 def test_transformers_loads_the_export(run_dir: Path, model_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "hf")
+    tokenizer = load_tokenizer(str(run_dir / "hf"))
     original = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode("1+2=")])
     with torch.no_grad():

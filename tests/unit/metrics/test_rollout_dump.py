@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from megatron_drpo.metrics import rollout_dump
-from megatron_drpo.metrics.rollout_dump import RolloutRecord, build_record, write_index, write_rollouts
+from megatron_drpo.metrics.rollout_dump import (
+    RolloutRecord,
+    build_record,
+    delete_rollouts,
+    write_index,
+    write_rollouts,
+)
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 
 NASTY = "</script><script>alert(1)</script> \u2028 \x85 \ud800 @@DATA@@ ü"
@@ -53,6 +59,16 @@ def test_step_file_has_a_line_per_rollout_and_is_replaced_whole(tmp_path: Path) 
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["response"] for record in records] == [NASTY, "new"]
     assert [entry.name for entry in path.parent.iterdir()] == ["step_000012.jsonl"]
+
+
+def test_files_of_steps_that_are_run_again_go(tmp_path: Path) -> None:
+    delete_rollouts(tmp_path, after_step=0)  # nothing there yet
+    for step in (2, 9, 10, 1_000_000):
+        write_rollouts(tmp_path, step, [make_record()])
+    write_index(tmp_path)
+    delete_rollouts(tmp_path, after_step=9)
+    kept = {"step_000002.jsonl", "step_000009.jsonl", "index.html"}
+    assert {path.name for path in (tmp_path / "rollouts").iterdir()} == kept
 
 
 def test_page_holds_the_steps_and_survives_any_text(tmp_path: Path) -> None:

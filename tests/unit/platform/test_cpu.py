@@ -6,7 +6,7 @@ import multiprocessing.process
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import megatron.core.tensor_parallel.random as megatron_random
@@ -98,9 +98,8 @@ def test_another_megatron_is_refused_before_anything_is_replaced(
     monkeypatch: pytest.MonkeyPatch, found: str
 ) -> None:
     monkeypatch.setattr(cpu, "_prepared", False)
-    monkeypatch.setattr(
-        versions, "installed_version", lambda name: found if name == "megatron-core" else "99"
-    )
+    installed = {"megatron-core": found, "torch": "2.13.0", "psutil": "7.0"}
+    monkeypatch.setattr(versions, "installed_version", installed.get)
     before = torch.zeros
     with pytest.raises(PlatformError, match=f"megatron-core {found} is installed, outside the range"):
         CpuPlatform().prepare(0)
@@ -162,7 +161,7 @@ def test_the_cuda_rng_is_the_cpu_rng(cpu_platform: Platform) -> None:
         assert torch.equal(torch.rand(3), expected)
         torch.cuda.set_rng_state(saved)
         assert torch.equal(torch.rand(3), expected)
-        (generator,) = torch.cuda.default_generators.values()
+        (generator,) = cast(dict[torch.device, torch.Generator], torch.cuda.default_generators).values()
         assert generator is torch.default_generator
     finally:
         torch.set_rng_state(state)
@@ -173,7 +172,9 @@ def test_megatrons_rng_tracker_forks_the_cpu_rng(one_rank: ParallelState) -> Non
 
     def draw() -> tuple[list[float], list[float]]:
         megatron_random.model_parallel_cuda_manual_seed(3)
-        with megatron_random.get_cuda_rng_tracker().fork():
+        tracker = megatron_random.get_cuda_rng_tracker()
+        assert tracker is not None
+        with tracker.fork():
             inside = torch.rand(2).tolist()
         return inside, torch.rand(2).tolist()
 
@@ -327,7 +328,7 @@ class TestCheckpointWriter:
             folder = tmp_path / str(value)
             folder.mkdir()
             dist_checkpointing.save(self.state(value), str(folder))
-            loaded = dist_checkpointing.load(self.state(0.0), str(folder))
+            loaded: Any = dist_checkpointing.load(self.state(0.0), str(folder))
             assert loaded["weight"].tolist() == [[value] * 3] * 4
 
     def test_a_failed_write_is_reported(
@@ -343,5 +344,5 @@ class TestCheckpointWriter:
             with pytest.raises(CheckpointException, match="no space left on device"):
                 dist_checkpointing.save(self.state(1.0), str(tmp_path / "failed"))
         dist_checkpointing.save(self.state(2.0), str(tmp_path / "next"))
-        loaded = dist_checkpointing.load(self.state(0.0), str(tmp_path / "next"))
+        loaded: Any = dist_checkpointing.load(self.state(0.0), str(tmp_path / "next"))
         assert loaded["weight"].unique().tolist() == [2.0]

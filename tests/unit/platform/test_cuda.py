@@ -23,6 +23,10 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, modules: set[str]) -> None:
+    monkeypatch.setattr(cuda, "find_spec", {name: ModuleSpec(name, None) for name in modules}.get)
+
+
 def test_the_other_project_named_apex_is_not_taken_for_nvidias(packages: Path) -> None:
     assert not has_apex()
     (packages / "apex").mkdir()
@@ -45,9 +49,7 @@ def test_the_other_project_named_apex_is_not_taken_for_nvidias(packages: Path) -
 def test_fused_gradient_accumulation(
     monkeypatch: pytest.MonkeyPatch, installed: set[str], expected: bool
 ) -> None:
-    monkeypatch.setattr(
-        cuda, "find_spec", lambda name: ModuleSpec(name, None) if name in installed else None
-    )
+    pretend_installed(monkeypatch, installed)
     assert has_fused_gradient_accumulation() is expected
 
 
@@ -79,10 +81,8 @@ def test_the_banner_says_what_is_in_use(
     optimizer: str,
     accumulation: str,
 ) -> None:
-    monkeypatch.setattr(
-        cuda, "find_spec", lambda name: ModuleSpec(name, None) if name in installed else None
-    )
-    monkeypatch.setattr(cuda, "installed_version", lambda _: te_version)
+    pretend_installed(monkeypatch, installed)
+    monkeypatch.setattr(cuda, "installed_version", {"transformer-engine": te_version}.get)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert CudaPlatform().describe() == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def policy_config(hf_model: Callable[[str], Path]) -> Callable[..., Config]:
             data=DataConfig(train_path="unused"),
             algorithm=AlgorithmConfig(loss=LossConfig(delta=0.5)),
             rollout=RolloutConfig(temperature=0.9),
-            policy=PolicyConfig(**{"model_path": str(hf_model(model)), "dtype": Dtype.fp32} | fields),
+            policy=replace(PolicyConfig(model_path=str(hf_model(model)), dtype=Dtype.fp32), **fields),
             optimizer=optimizer or OptimizerConfig(lr=1e-3),
         )
 

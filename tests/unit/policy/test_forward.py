@@ -66,7 +66,11 @@ def test_the_ddp_wrapped_model_gives_the_same_hidden_states(policy: Policy, micr
 def test_megatrons_division_by_tokens_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one place where its scaling is cancelled; groups are passed on."""
     calls: list[tuple[object, dict[str, Any]]] = []
-    monkeypatch.setattr(forward, "finalize_model_grads", lambda model, **kwargs: calls.append((model, kwargs)))
+
+    def finalize(model: object, **kwargs: Any) -> None:
+        calls.append((model, kwargs))
+
+    monkeypatch.setattr(forward, "finalize_model_grads", finalize)
     chunks: list[torch.nn.Module] = []
     finalize_gradients(chunks, torch.tensor(1234), pg_collection="groups")
     assert calls == [(chunks, {"num_tokens": None, "pg_collection": "groups"})]
@@ -92,7 +96,9 @@ def test_the_loss_function_gives_sum_and_diagnostics(policy: Policy, micro_batch
     assert result.loss.dtype is torch.float64
     assert result.loss.item() == total.item()
     summary = summarise(result.diagnostics)
-    assert summary["mismatch/logprob_abs_mean"] == pytest.approx((logpi - logmu).abs().mean().item(), rel=1e-5)
+    assert summary["mismatch/logprob_abs_mean"] == pytest.approx(
+        (logpi - logmu).abs().mean().item(), rel=1e-5
+    )
     assert summary["policy/kl_k1"] == pytest.approx((logmu - logpi).mean().item(), rel=1e-5)
 
 

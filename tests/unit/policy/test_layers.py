@@ -85,10 +85,10 @@ def test_packed_attention_and_its_gradients(
     output = attention(*inputs, None, packed_seq_params=packed)
     output.backward(gradient)
 
-    references = [x.detach().double().requires_grad_() for x in inputs]
+    references = q, k, v = [x.detach().double().requires_grad_() for x in inputs]
     spans = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
     expected = torch.cat(
-        [attend_densely(*(x[span] for x in references), scale or 6**-0.5) for span in spans]
+        [attend_densely(q[span], k[span], v[span], scale or 6**-0.5) for span in spans]
     ).flatten(1)
     expected.backward(gradient.double())
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)

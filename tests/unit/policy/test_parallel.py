@@ -60,72 +60,73 @@ def test_layouts_that_fit(fields: dict[str, Any], architecture: ArchitectureConf
     assert check_layout(ParallelConfig(**fields), architecture) == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "architecture", "expected"),
-    [
-        (
-            {"tensor_parallel_size": 8},
-            DENSE,
-            [
-                "parallel.tensor_parallel_size=8 must divide the model's num_attention_heads, 12",
-                "parallel.tensor_parallel_size=8 must divide the model's num_key_value_heads, 6",
-            ],
-        ),
-        (
-            {"tensor_parallel_size": 2},
-            ONE_QUERY_GROUP,
-            ["parallel.tensor_parallel_size=2 must divide the model's num_key_value_heads, 1"],
-        ),
-        (
-            {"tensor_parallel_size": 2},
-            ODD_WIDTH,
-            ["parallel.tensor_parallel_size=2 must divide the model's intermediate_size, 97"],
-        ),
-        (
-            {"pipeline_parallel_size": 3, "virtual_pipeline_parallel_size": 3},
-            DENSE,
-            [
-                "parallel.pipeline_parallel_size * virtual_pipeline_parallel_size = 9 must divide "
-                "the model's num_hidden_layers, 12"
-            ],
-        ),
-        (
-            {"data_parallel_size": 4, "expert_parallel_size": 4},
-            EXPERTS,
-            ["parallel.expert_parallel_size=4 must divide the model's num_experts, 6"],
-        ),
-        (
-            {"data_parallel_size": 9, "expert_parallel_size": 3, "expert_tensor_parallel_size": 3},
-            EXPERTS,
-            ["parallel.expert_tensor_parallel_size=3 must divide the model's moe_intermediate_size, 32"],
-        ),
-        (
-            {"data_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2},
-            DENSE,
-            [
-                "parallel.expert_parallel_size=2 needs a mixture-of-experts model; this one is dense",
-                "parallel.expert_tensor_parallel_size=2 needs a mixture-of-experts model; this one is dense",
-            ],
-        ),
-        (
-            {"tensor_parallel_size": 2, "sequence_parallel": True},
-            EXPERTS,
-            [
-                "parallel.expert_tensor_parallel_size=1 must equal tensor_parallel_size=2 while "
-                "expert_parallel_size is 1 (Megatron then reduces expert gradients like dense ones and "
-                "loses those of other tensor ranks)"
-            ],
-        ),
-        (
-            {"tensor_parallel_size": 2, "expert_parallel_size": 2},
-            EXPERTS,
-            [
-                "parallel.tensor_parallel_size=2 with a mixture-of-experts model needs "
-                "parallel.sequence_parallel=true (Megatron's dispatcher routes each token once only then)"
-            ],
-        ),
-    ],
-)
+MISFITS: list[tuple[dict[str, Any], ArchitectureConfig, list[str]]] = [
+    (
+        {"tensor_parallel_size": 8},
+        DENSE,
+        [
+            "parallel.tensor_parallel_size=8 must divide the model's num_attention_heads, 12",
+            "parallel.tensor_parallel_size=8 must divide the model's num_key_value_heads, 6",
+        ],
+    ),
+    (
+        {"tensor_parallel_size": 2},
+        ONE_QUERY_GROUP,
+        ["parallel.tensor_parallel_size=2 must divide the model's num_key_value_heads, 1"],
+    ),
+    (
+        {"tensor_parallel_size": 2},
+        ODD_WIDTH,
+        ["parallel.tensor_parallel_size=2 must divide the model's intermediate_size, 97"],
+    ),
+    (
+        {"pipeline_parallel_size": 3, "virtual_pipeline_parallel_size": 3},
+        DENSE,
+        [
+            "parallel.pipeline_parallel_size * virtual_pipeline_parallel_size = 9 must divide "
+            "the model's num_hidden_layers, 12"
+        ],
+    ),
+    (
+        {"data_parallel_size": 4, "expert_parallel_size": 4},
+        EXPERTS,
+        ["parallel.expert_parallel_size=4 must divide the model's num_experts, 6"],
+    ),
+    (
+        {"data_parallel_size": 9, "expert_parallel_size": 3, "expert_tensor_parallel_size": 3},
+        EXPERTS,
+        ["parallel.expert_tensor_parallel_size=3 must divide the model's moe_intermediate_size, 32"],
+    ),
+    (
+        {"data_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2},
+        DENSE,
+        [
+            "parallel.expert_parallel_size=2 needs a mixture-of-experts model; this one is dense",
+            "parallel.expert_tensor_parallel_size=2 needs a mixture-of-experts model; this one is dense",
+        ],
+    ),
+    (
+        {"tensor_parallel_size": 2, "sequence_parallel": True},
+        EXPERTS,
+        [
+            "parallel.expert_tensor_parallel_size=1 must equal tensor_parallel_size=2 while "
+            "expert_parallel_size is 1 (Megatron then reduces expert gradients like dense ones and "
+            "loses those of other tensor ranks)"
+        ],
+    ),
+    (
+        {"tensor_parallel_size": 2, "expert_parallel_size": 2},
+        EXPERTS,
+        [
+            "parallel.tensor_parallel_size=2 with a mixture-of-experts model needs "
+            "parallel.sequence_parallel=true (Megatron's dispatcher routes each token once only then)"
+        ],
+    ),
+]
+"""Sizes, model, and what is said."""
+
+
+@pytest.mark.parametrize(("fields", "architecture", "expected"), MISFITS)
 def test_layouts_that_do_not_fit(
     fields: dict[str, Any], architecture: ArchitectureConfig, expected: list[str]
 ) -> None:
@@ -174,7 +175,7 @@ def _describe_rank(parallel: ParallelConfig) -> dict[str, Any]:
         "main": state.is_main,
         "last": state.is_last_stage,
         "received": received,
-        "sum": state.sum_over_data_parallel(torch.tensor([10.0 ** state.rank])).item(),
+        "sum": state.sum_over_data_parallel(torch.tensor([10.0**state.rank])).item(),
         "replica": sorted(dist.get_process_group_ranks(state.model_group)),
     }
 

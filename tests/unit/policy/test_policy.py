@@ -12,7 +12,7 @@ import transformers
 
 from megatron_drpo.config import Config, OptimizerConfig, ParallelConfig, Recompute
 from megatron_drpo.errors import NumericsError
-from megatron_drpo.losses.aggregation import compute_token_weights, count_loss
+from megatron_drpo.losses.aggregation import count_loss
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.packing import dummy_micro_batch, unpack
@@ -33,8 +33,10 @@ def load_reference(hf_model: Callable[[str], Path]) -> Callable[[str], transform
     """The same model in transformers, fp32, its experts as plain loops."""
 
     def load(name: str) -> transformers.PreTrainedModel:
-        experts = {} if name.startswith("dense") else {"experts_implementation": "eager"}
-        return transformers.AutoModelForCausalLM.from_pretrained(hf_model(name), **experts)
+        config = transformers.AutoConfig.from_pretrained(hf_model(name))
+        if not name.startswith("dense"):
+            config._experts_implementation = "eager"
+        return transformers.AutoModelForCausalLM.from_pretrained(hf_model(name), config=config)
 
     return load
 
@@ -68,7 +70,7 @@ def gradients_by_hf_name(policy: Policy) -> dict[str, torch.Tensor]:
     """The gradients of the last update, brought into HF's names and shapes by the export of weights."""
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
-            parameter.copy_(parameter.main_grad)
+            parameter.copy_(vars(parameter)["main_grad"])
     return {name: tensor.clone() for name, tensor in policy.hf_tensors()}
 
 
@@ -210,11 +212,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     policy_config: Callable[..., Config],
     make_sequences: MakeSequences,
     update: Update,
+    monkeypatch: pytest.MonkeyPatch,
     clip_grad: float,
 ) -> None:
     policy = build_policy(policy_config("dense", OptimizerConfig(lr=1e-3, clip_grad=clip_grad)))
-    policy.chunks[0].zero_grad_buffer = lambda: None  # a gradient buffer that some kernel spoilt
-    next(policy.chunks[0].parameters()).main_grad.fill_(torch.inf)
+    monkeypatch.setattr(policy.chunks[0], "zero_grad_buffer", lambda: None)  # stays as some kernel spoilt it
+    vars(next(policy.chunks[0].parameters()))["main_grad"].fill_(torch.inf)
     with pytest.raises(NumericsError, match=r"rank 0: the gradient norm of update 1 is (inf|nan)"):
         update(policy, make_sequences([6]))
 

@@ -1,0 +1,112 @@
+"""What is checked before anything starts; the messages of real damage are in tests/integration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_drpo.check import check_config, warn_config
+from megatron_drpo.config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    Mode,
+    ParallelConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+
+
+@pytest.fixture
+def config(hf_model: Callable[[str], Path], tmp_path: Path) -> Config:
+    """Of a run that can start."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    return Config(
+        data=DataConfig(train_path=str(prompts)), policy=PolicyConfig(model_path=str(hf_model("moe")))
+    )
+
+
+def test_a_run_that_can_start(config: Config) -> None:
+    assert check_config(config) == []
+    assert warn_config(config) == []
+
+
+def test_problems_of_every_kind_come_together(config: Config, tmp_path: Path) -> None:
+    config.policy = replace(config.policy, megatron_overrides={"moe_topk": 1})
+    config.parallel = ParallelConfig(pipeline_parallel_size=3)
+    config.data = DataConfig(train_path=str(tmp_path / "no.jsonl"), eval_path=str(tmp_path / "gone.jsonl"))
+    config.algorithm = AlgorithmConfig(loss=LossConfig(name="none"))
+    config.reward = RewardConfig(name="other")
+    config.checkpoint = CheckpointConfig(load_path=str(tmp_path / "nowhere"))
+    expected = ["moe_topk", "num_hidden_layers, 4", "no.jsonl", "gone.jsonl", "none: unknown", "reward.name"]
+    expected.append("nowhere: no such folder")
+    problems = check_config(config)
+    assert len(problems) == len(expected)
+    for problem, text in zip(problems, expected, strict=True):
+        assert text in problem
+
+
+def test_sft_needs_responses_and_neither_loss_nor_reward(config: Config, tmp_path: Path) -> None:
+    config.train = TrainConfig(mode=Mode.sft)
+    config.algorithm = AlgorithmConfig(loss=LossConfig(name="none", delta=3.0))
+    config.reward = RewardConfig(name="other")
+    config.data.eval_path = str(tmp_path / "gone.jsonl")
+    (problem,) = check_config(config)
+    assert "line 1" in problem
+    assert "response" in problem
+    Path(config.data.train_path).write_text('{"prompt": "1+1=", "response": "2"}\n')
+    assert check_config(config) == []
+    assert warn_config(config) == []
+
+
+def test_a_users_reward_may_do_without_answers(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(config.data.train_path).write_text('{"prompt": "Tell a joke."}\n')
+    (problem,) = check_config(config)
+    assert "answer" in problem
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "humour.py").write_text("def score(rollout): return 1.0\n")
+    config.reward = RewardConfig(name="humour:score")
+    assert check_config(config) == []
+
+
+def test_a_damaged_model_hides_no_other_problem(
+    config: Config, tmp_path: Path, hf_model: Callable[[str], Path]
+) -> None:
+    folder = Path(shutil.copytree(hf_model("moe"), tmp_path / "model"))
+    os.truncate(folder / "model.safetensors", 1000)
+    config.policy = PolicyConfig(model_path=str(folder))
+    config.algorithm = AlgorithmConfig(loss=LossConfig(name="none"))
+    model, loss = check_config(config)
+    assert model.startswith("policy.model_path: ")
+    assert "model.safetensors" in model
+    assert loss.startswith("algorithm.loss.name=none")
+
+
+@pytest.mark.parametrize(
+    ("rollout", "delta", "expected"),
+    [
+        (RolloutConfig(top_p=0.5), 0.1, ["rollout.top_p=0.5"]),
+        (RolloutConfig(top_k=8), 0.1, ["rollout.top_k=8"]),
+        (RolloutConfig(), 1.0, ["algorithm.loss.delta=1.0"]),
+        (RolloutConfig(top_k=8), 2.0, ["algorithm.loss.delta=2.0", "rollout.top_k=8"]),
+    ],
+)
+def test_warnings(config: Config, rollout: RolloutConfig, delta: float, expected: list[str]) -> None:
+    config.rollout = rollout
+    config.algorithm = AlgorithmConfig(loss=LossConfig(delta=delta))
+    found = warn_config(config)
+    assert len(found) == len(expected)
+    for warning, text in zip(found, expected, strict=True):
+        assert text in warning

@@ -1,0 +1,181 @@
+"""What the supervisor starts, passes on and cleans up; real processes are in tests/integration."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from megatron_drpo import supervisor
+from megatron_drpo.config import (
+    Config,
+    DataConfig,
+    Mode,
+    ParallelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RolloutEngineName,
+    TrainConfig,
+)
+from megatron_drpo.config_io import load_config
+from megatron_drpo.errors import ConfigError, RankError, RolloutError
+from megatron_drpo.lifetime import SUPERVISOR_PID
+
+
+class Record:
+    """Stands for servers and ranks, and writes down what happens to them."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.launch: Any = None
+        self.arguments: tuple[str, ...] = ()
+        self.rank_error: BaseException | None = None
+        self.server_is_dead = False
+
+    def servers(self, config: RolloutConfig, **_: object) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        self.events.append("servers start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.events.append("servers stop")
+
+    @property
+    def endpoints(self) -> list[str]:
+        return ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+    def check(self) -> None:
+        if self.server_is_dead:
+            raise RolloutError("rollout server 0 died")
+
+    def elastic_launch(self, launch: Any, entry: str) -> Callable[..., None]:
+        self.launch = launch
+
+        def run(*arguments: str) -> None:
+            self.events.append("ranks run")
+            self.arguments = arguments
+            if self.rank_error is not None:
+                raise self.rank_error
+
+        return run
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Record:
+    record = Record()
+    monkeypatch.setenv(SUPERVISOR_PID, "")
+    monkeypatch.setattr(supervisor, "EmbeddedServers", record.servers)
+    monkeypatch.setattr(supervisor, "elastic_launch", record.elastic_launch)
+    return record
+
+
+@pytest.fixture
+def config(hf_model: Callable[[str], Path], tmp_path: Path) -> Config:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "answer": "2", "response": "2"}\n')
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(train_path=str(prompts)),
+        policy=PolicyConfig(model_path=str(hf_model("moe"))),
+        parallel=ParallelConfig(data_parallel_size=2, expert_parallel_size=2),
+    )
+
+
+def child_failed(*ranks: int) -> ChildFailedError:
+    failures = {rank: ProcessFailure(local_rank=rank, pid=0, exitcode=1, error_file="") for rank in ranks}
+    return ChildFailedError("train", failures)
+
+
+def test_servers_live_around_the_ranks(record: Record, config: Config, tmp_path: Path) -> None:
+    supervisor.supervise(config)
+    assert record.events == ["servers start", "ranks run", "servers stop"]
+    assert record.launch.nproc_per_node == 2
+    assert record.launch.max_restarts == 0
+    assert record.arguments == (
+        "-m",
+        "megatron_drpo.train",
+        f"config={tmp_path / 'run' / 'config.yaml'}",
+        "rollout.endpoints=[http://127.0.0.1:1,http://127.0.0.1:2]",
+    )
+    assert os.environ[SUPERVISOR_PID] == str(os.getpid())
+    ranks = load_config(list(record.arguments[2:]))
+    assert ranks.rollout.endpoints == record.endpoints
+    ranks.rollout.endpoints = []
+    assert ranks == config
+
+
+@pytest.mark.parametrize("engine", RolloutEngineName)
+def test_running_servers_are_only_used(record: Record, config: Config, engine: RolloutEngineName) -> None:
+    config.rollout = RolloutConfig(engine=engine, endpoints=["http://server:30000"])
+    supervisor.supervise(config)
+    assert record.events == ["ranks run"]
+    assert record.arguments[-1] == "rollout.endpoints=[http://server:30000]"
+
+
+def test_sft_has_no_server(record: Record, config: Config) -> None:
+    config.train = TrainConfig(mode=Mode.sft)
+    supervisor.supervise(config)
+    assert record.events == ["ranks run"]
+
+
+def test_problems_start_and_write_nothing(record: Record, config: Config, tmp_path: Path) -> None:
+    config.policy = PolicyConfig(model_path="nowhere")
+    with pytest.raises(ConfigError, match=r"policy\.model_path: nowhere"):
+        supervisor.supervise(config)
+    assert record.events == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_dir_that_cannot_be_written(record: Record, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config.run_dir = str(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=r"run_dir=.*/file/run: cannot be written: "):
+        supervisor.supervise(config)
+    assert record.events == []
+
+
+def test_failed_ranks_are_named(record: Record, config: Config) -> None:
+    record.rank_error = child_failed(1, 0)
+    with pytest.raises(RankError, match=r"^rank 0, 1 stopped with an error, see above; logs: .*/run/logs$"):
+        supervisor.supervise(config)
+    assert record.events[-1] == "servers stop"
+
+
+def test_a_dead_server_is_the_better_explanation(record: Record, config: Config) -> None:
+    record.rank_error, record.server_is_dead = child_failed(0), True
+    with pytest.raises(RolloutError, match="rollout server 0 died"):
+        supervisor.supervise(config)
+    assert record.events[-1] == "servers stop"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("of the launcher")])
+def test_servers_stop_on_every_way_out(record: Record, config: Config, error: BaseException) -> None:
+    record.rank_error = error
+    with pytest.raises(type(error)):
+        supervisor.supervise(config)
+    assert record.events[-1] == "servers stop"
+
+
+def test_sigterm_interrupts_while_ranks_run(
+    record: Record, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*_: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def launch(*_: object) -> Callable[..., None]:
+        return run
+
+    monkeypatch.setattr(supervisor, "elastic_launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        supervisor.supervise(config)
+    assert record.events == ["servers start", "servers stop"]
+    assert signal.getsignal(signal.SIGTERM) is before
