@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.data.jsonl import check_prompt_file
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfFolder, check_hf_folder
+from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder, check_hf_folder
 from megatron_drpo.losses.registry import build_loss, check_loss
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.policy.model import check_megatron_overrides
@@ -43,6 +43,8 @@ def warn_config(config: Config) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     problems = check_hf_folder(config.policy.model_path)
+    if not any((Path(config.policy.model_path) / name).is_file() for name in TOKENIZER_FILES):
+        problems.append(f"{config.policy.model_path}: no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
     if problems:
         return [f"policy.model_path: {problem}" for problem in problems]
     try:

@@ -23,6 +23,8 @@ from megatron_drpo.errors import ModelError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder without any of these has no tokenizer."""
 
 COPIED_FILES = (
     "config.json",

@@ -93,6 +93,7 @@ def _run_ranks(config: Config, endpoints: list[str]) -> None:
     except SignalException:  # what torch makes of SIGINT, SIGTERM, SIGHUP and SIGQUIT once the ranks run
         raise KeyboardInterrupt from None
     finally:
+        os.environ.pop(SUPERVISOR_PID, None)
         signal.signal(signal.SIGTERM, previous)
 
 

@@ -179,7 +179,8 @@ def main() -> None:
         run(config)
     except DrpoError as error:
         rank = RankInfo.from_environment().rank
-        print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
+        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same in the configuration
+            print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
         # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
         os._exit(1)
     except KeyboardInterrupt:  # the supervisor says so

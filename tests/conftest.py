@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 import torch
 import torch.distributed as dist
 import transformers
@@ -194,6 +198,21 @@ def _save_model(name: str, path: Path) -> None:
                 parameter.uniform_(0.5, 1.5)
     dtype = torch.bfloat16 if name == "moe_bf16" else torch.float32
     model.to(dtype).save_pretrained(path)
+    _save_tokenizer(path)
+
+
+def _save_tokenizer(path: Path) -> None:
+    """One token per character, and fillers up to the vocabulary of 101."""
+    vocabulary = ["<pad>", "<eos>", "<unk>", *"0123456789+= "]
+    vocabulary += [f"<{number}>" for number in range(len(vocabulary), 101)]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(path)
 
 
 @pytest.fixture

@@ -1,33 +1,18 @@
-"""A tiny model with its tokenizer and prompt files, and the arguments of a run on them."""
+"""A tiny model and prompt files, and the arguments of a run on them."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-VOCABULARY = ["<pad>", "<eos>", "<unk>", *"0123456789+= "]
-VOCABULARY += [f"<{number}>" for number in range(len(VOCABULARY), 101)]
 
 
 @pytest.fixture(scope="session")
-def model_path(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[[str], Path]) -> Path:
+def model_path(hf_model: Callable[[str], Path]) -> Path:
     """A Qwen3-MoE of 4 layers and 8 experts whose tokens are characters."""
-    path = tmp_path_factory.mktemp("with_tokenizer") / "model"
-    shutil.copytree(hf_model("moe_renormalised"), path)
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(path)
-    return path
+    return hf_model("moe_renormalised")
 
 
 @pytest.fixture(scope="session")

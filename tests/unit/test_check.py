@@ -110,3 +110,12 @@ def test_warnings(config: Config, rollout: RolloutConfig, delta: float, expected
     assert len(found) == len(expected)
     for warning, text in zip(found, expected, strict=True):
         assert text in warning
+
+
+def test_a_model_without_a_tokenizer(config: Config, tmp_path: Path, hf_model: Callable[[str], Path]) -> None:
+    folder = Path(shutil.copytree(hf_model("moe"), tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    config.policy = PolicyConfig(model_path=str(folder))
+    (problem,) = check_config(config)
+    assert "no tokenizer" in problem
+    assert str(folder) in problem
