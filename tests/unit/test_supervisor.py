@@ -60,6 +60,7 @@ class Record:
 
         def run(*arguments: str) -> None:
             self.events.append("ranks run")
+            self.supervisor_pid = os.environ[SUPERVISOR_PID]
             self.arguments = arguments
             if self.rank_error is not None:
                 raise self.rank_error
@@ -70,7 +71,6 @@ class Record:
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     record = Record()
-    monkeypatch.setenv(SUPERVISOR_PID, "")
     monkeypatch.setattr(supervisor, "EmbeddedServers", record.servers)
     monkeypatch.setattr(supervisor, "elastic_launch", record.elastic_launch)
     return record
@@ -104,7 +104,8 @@ def test_servers_live_around_the_ranks(record: Record, config: Config, tmp_path:
         f"config={tmp_path / 'run' / 'config.yaml'}",
         "rollout.endpoints=[http://127.0.0.1:1,http://127.0.0.1:2]",
     )
-    assert os.environ[SUPERVISOR_PID] == str(os.getpid())
+    assert record.supervisor_pid == str(os.getpid())
+    assert SUPERVISOR_PID not in os.environ
     ranks = load_config(list(record.arguments[2:]))
     assert ranks.rollout.endpoints == record.endpoints
     ranks.rollout.endpoints = []
