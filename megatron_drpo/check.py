@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_drpo.checkpoint import check_checkpoint
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.data.jsonl import check_prompt_file
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder, check_hf_folder
+from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
 from megatron_drpo.losses.registry import build_loss, check_loss
+from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.policy.model import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
@@ -18,13 +20,20 @@ from megatron_drpo.rewards.functions import check_reward, needs_answer
 def check_config(config: Config) -> list[str]:
     """Problems with files, model, layout, loss and reward, as sentences; empty if the run can start."""
     problems = check_megatron_overrides(config.policy.megatron_overrides)
-    problems += _check_model(config)
+    try:
+        architecture = _read_architecture(config.policy.model_path)
+        problems += check_layout(config.parallel, architecture)
+    except ModelError as error:
+        architecture = None
+        problems.append(f"policy.model_path: {error}")
     problems += _check_data(config)
     if config.train.mode is Mode.rl:
         problems += check_loss(config.algorithm.loss)
         problems += check_reward(config.reward)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
         problems.append(f"checkpoint.load_path={config.checkpoint.load_path}: no such folder")
+    elif architecture is not None:
+        problems += check_checkpoint(config.run_dir, config.checkpoint, architecture)
     return problems
 
 
@@ -41,21 +50,20 @@ def warn_config(config: Config) -> list[str]:
     return warnings
 
 
-def _check_model(config: Config) -> list[str]:
-    problems = check_hf_folder(config.policy.model_path)
-    if not any((Path(config.policy.model_path) / name).is_file() for name in TOKENIZER_FILES):
-        problems.append(f"{config.policy.model_path}: no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
-    if problems:
-        return [f"policy.model_path: {problem}" for problem in problems]
-    try:
-        folder = HfFolder(config.policy.model_path)
-        family = get_family(folder.config)
-        architecture = family.architecture(folder.config)
-        shapes = {name: folder.shape(name) for name in folder.keys()}  # noqa: SIM118  not a dict
-        family.mapping(architecture).check_hf(shapes, str(folder.path))
-    except ModelError as error:
-        return [f"policy.model_path: {error}"]
-    return check_layout(config.parallel, architecture)
+def _read_architecture(model_path: str) -> ArchitectureConfig:
+    """Of an HF folder that has all it takes to train.
+
+    Raises:
+        ModelError: it has not.
+    """
+    folder = HfFolder(model_path)
+    if not any((folder.path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{model_path}: no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
+    family = get_family(folder.config)
+    architecture = family.architecture(folder.config)
+    shapes = {name: folder.shape(name) for name in folder.keys()}  # noqa: SIM118  not a dict
+    family.mapping(architecture).check_hf(shapes, str(folder.path))
+    return architecture
 
 
 def _check_data(config: Config) -> list[str]:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_drpo.config import CheckpointConfig
 from megatron_drpo.errors import CheckpointError
+from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.policy.policy import Policy
 
 _RUN_STATE = "run_state.json"
@@ -87,11 +88,12 @@ class Checkpointer:
         Raises:
             CheckpointError: it is not complete.
         """
-        found = [self._find() if dist.get_rank() == 0 else None]
+        found = [self.locate() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _find(self) -> Path | None:
+    def locate(self) -> Path | None:
+        """What `find` returns, as this process sees it."""
         latest = self.folder / "latest"
         if self.config.resume and latest.is_file():
             path = self.folder / latest.read_text().strip()
@@ -192,6 +194,19 @@ class Checkpointer:
         policy.load_state(loaded, optimizer_step=state.optimizer_step, num_updates=state.num_updates)
         _restore_rng_state(rng_states)
         return state
+
+
+def check_checkpoint(run_dir: str, config: CheckpointConfig, architecture: ArchitectureConfig) -> list[str]:
+    """Why the run could not continue from its checkpoint, before anything starts; empty if it can."""
+    try:
+        path = Checkpointer(run_dir, config).locate()
+        if path is not None:
+            state = read_run_state(path)
+            _check_architecture(path, state.architecture, asdict(architecture))
+            _check_files(path, state.files)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def read_run_state(path: Path) -> RunState:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+-=*() ?"
@@ -34,14 +34,15 @@ def write_tiny_moe(
     expert_size: int = 32,
     initializer_range: float = 0.08,
     seed: int = 0,
-) -> Qwen3MoeForCausalLM:
+) -> PreTrainedModel:
     """A Qwen3-MoE with random fp32 weights and its tokenizer, saved to `folder`.
 
     Norm weights are perturbed as well, so that no part of the model is a no-op.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(folder)
-    config = Qwen3MoeConfig(
+    config = AutoConfig.for_model(
+        "qwen3_moe",
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -64,7 +65,7 @@ def write_tiny_moe(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen3MoeForCausalLM(config).float()
+        model = AutoModelForCausalLM.from_config(config).float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -18,7 +18,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_drpo.checkpoint import Checkpointer, RunState, read_run_state
+from megatron_drpo.checkpoint import Checkpointer, RunState, check_checkpoint, read_run_state
 from megatron_drpo.config import CheckpointConfig
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.models.base import ArchitectureConfig, MoeConfig
@@ -303,6 +303,21 @@ def test_another_model_is_refused_by_name(tmp_path: Path, policy: Any) -> None:
     policy.architecture = replace(ARCHITECTURE, moe=None)
     with pytest.raises(CheckpointError, match=r"moe\.num_experts: 4 there, None here"):
         load(path, policy)
+
+
+def test_what_would_stop_a_resume_is_known_before_the_start(tmp_path: Path, policy: Any) -> None:
+    config = CheckpointConfig()
+    assert check_checkpoint(str(tmp_path), config, ARCHITECTURE) == []
+    path = save(tmp_path, policy, 1)
+    assert check_checkpoint(str(tmp_path), config, ARCHITECTURE) == []
+    (problem,) = check_checkpoint(str(tmp_path), config, replace(ARCHITECTURE, hidden_size=24))
+    assert "another model (hidden_size: " in problem
+    (path / ".metadata").unlink()
+    (problem,) = check_checkpoint(str(tmp_path), config, ARCHITECTURE)
+    assert ".metadata is missing" in problem
+    (path / "run_state.json").unlink()
+    (problem,) = check_checkpoint(str(tmp_path), config, ARCHITECTURE)
+    assert f"{path} is not a complete checkpoint" in problem
 
 
 def truncate(file: Path) -> None:
