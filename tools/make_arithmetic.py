@@ -1,6 +1,7 @@
 """Write the quickstart's data: `python tools/make_arithmetic.py` makes examples/data/ again, byte for byte.
 
-Sums of two numbers from 10 to 59. 256 of the 2500 are held out, with their answers, and occur nowhere else. The others have an `answer`, which the reward compares with, and a `response`, a demonstration to imitate.
+Sums of two numbers from 10 to 59. 256 of the 2500 are held out, with their answers, and occur nowhere else.
+The others have an `answer`, which the reward compares with, and a `response`, a demonstration to imitate.
 
 The demonstrations are a poor teacher on purpose: 30 % are right, 42 % are ten too large and 28 % ten too
 small. Whoever imitates them perfectly is right 30 % of the time, and its single most likely answer is
