@@ -85,39 +85,49 @@ def pack(
     Raises:
         DataError: a sequence without a prompt, whose first token nothing predicts.
     """
-    num_tokens = sum(len(sequence) for sequence in sequences)
-    num_padded = max(1, -(-num_tokens // pad_to_multiple)) * pad_to_multiple
-    lengths = [len(sequence) for sequence in sequences]
-    if num_padded > num_tokens:
-        lengths.append(num_padded - num_tokens)
-    micro_batch = MicroBatch(
-        token_ids_T=torch.zeros(num_padded, dtype=torch.int64),
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        labels_T=torch.zeros(num_padded, dtype=torch.int64),
-        loss_mask_T=torch.zeros(num_padded, dtype=torch.bool),
-        rollout_logprobs_T=torch.zeros(num_padded),
-        advantages_T=torch.zeros(num_padded),
-        token_weights_T=torch.zeros(num_padded),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        sequence_ids=[sequence.id for sequence in sequences],
-        prompt_lengths=[sequence.prompt_length for sequence in sequences],
-    )
-    starts = micro_batch.cu_seqlens.tolist()[: len(sequences)]
-    responses = _response_slices(micro_batch)
-    for sequence, weights_R, start, part in zip(sequences, token_weights, starts, responses, strict=True):
+    for sequence in sequences:
         if sequence.prompt_length < 1:
             raise DataError(
                 f"sequence {sequence.id}: its prompt has no token, so nothing predicts its response"
             )
-        stop = start + len(sequence)
-        micro_batch.token_ids_T[start:stop] = sequence.token_ids
-        micro_batch.labels_T[start : stop - 1] = sequence.token_ids[1:]
-        micro_batch.loss_mask_T[part] = sequence.loss_mask
-        micro_batch.rollout_logprobs_T[part] = sequence.rollout_logprobs
-        micro_batch.advantages_T[part] = sequence.advantages
-        micro_batch.token_weights_T[part] = weights_R
-    return micro_batch
+    lengths = [len(sequence) for sequence in sequences]
+    num_tokens = sum(lengths)
+    num_padded = max(1, -(-num_tokens // pad_to_multiple)) * pad_to_multiple
+    num_padding = num_padded - num_tokens
+    prompt_lengths = [sequence.prompt_length for sequence in sequences]
+    if num_padding:
+        lengths.append(num_padding)
+    # One gather per field, not one per sequence and field: there are thousands of short sequences in a step.
+    lengths_S = torch.tensor(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    position_ids_T = torch.arange(num_padded) - cu_seqlens[:-1].repeat_interleave(lengths_S)
+    # The padding sequence has a prompt only.
+    first_T = torch.tensor([*prompt_lengths, num_padding][: len(lengths)]).repeat_interleave(lengths_S)
+    is_last_T = position_ids_T == lengths_S.repeat_interleave(lengths_S) - 1
+    predicts_response_T = (position_ids_T >= first_T - 1) & ~is_last_T
+
+    def of_tokens(dtype: torch.dtype, parts: list[Tensor]) -> Tensor:
+        return torch.cat([torch.zeros(0, dtype=dtype), *parts, torch.zeros(num_padding, dtype=dtype)])
+
+    def of_responses(dtype: torch.dtype, parts: list[Tensor]) -> Tensor:
+        values_T = torch.zeros(num_padded, dtype=dtype)
+        values_T[predicts_response_T] = torch.cat([torch.zeros(0, dtype=dtype), *parts])
+        return values_T
+
+    token_ids_T = of_tokens(torch.int64, [sequence.token_ids for sequence in sequences])
+    return MicroBatch(
+        token_ids_T=token_ids_T,
+        position_ids_T=position_ids_T,
+        labels_T=token_ids_T.roll(-1).masked_fill(is_last_T, 0),
+        loss_mask_T=of_responses(torch.bool, [sequence.loss_mask for sequence in sequences]),
+        rollout_logprobs_T=of_responses(torch.float32, [sequence.rollout_logprobs for sequence in sequences]),
+        advantages_T=of_responses(torch.float32, [sequence.advantages for sequence in sequences]),
+        token_weights_T=of_responses(torch.float32, list(token_weights)),
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max(lengths),
+        sequence_ids=[sequence.id for sequence in sequences],
+        prompt_lengths=prompt_lengths,
+    )
 
 
 def dummy_micro_batch(pad_to_multiple: int) -> MicroBatch:
