@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -72,3 +73,20 @@ def write_tiny_moe(
                     parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--expert-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    model = write_tiny_moe(**vars(arguments))
+    print(f"{arguments.folder}: {model.num_parameters():,} random parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -54,16 +54,19 @@ def compute_token_weights(
     Returns:
         float32 [R] per sequence; 0 where loss_mask is False.
     """
-    weights: list[Tensor] = []
-    for sequence in sequences:
-        mask_R = sequence.loss_mask
-        match aggregation:
-            case Aggregation.token_mean:
-                divisor = num_loss_tokens
-            case Aggregation.sequence_mean_token_mean:
-                divisor = num_sequences * int(mask_R.sum())
-            case Aggregation.sequence_mean_token_sum:
-                divisor = num_sequences * horizon_tokens
-        # The divisor is 0 only where the mask is empty; float64 so that the division rounds once.
-        weights.append((mask_R.to(torch.float64) / max(divisor, 1)).to(torch.float32))
-    return weights
+    if not sequences:
+        return []
+    masks = [sequence.loss_mask for sequence in sequences]
+    lengths = [len(mask_R) for mask_R in masks]
+    mask_N = torch.cat(masks)  # N: response tokens of all sequences; one call for thousands of short ones
+    match aggregation:
+        case Aggregation.token_mean:
+            divisor_N = torch.tensor(num_loss_tokens)
+        case Aggregation.sequence_mean_token_mean:
+            counts = torch.tensor([int(mask_R.sum()) for mask_R in masks])
+            divisor_N = num_sequences * counts.repeat_interleave(torch.tensor(lengths))
+        case Aggregation.sequence_mean_token_sum:
+            divisor_N = torch.tensor(num_sequences * horizon_tokens)
+    # The divisor is 0 only where the mask is empty; float64 so that the division rounds once.
+    weights_N = (mask_N.to(torch.float64) / divisor_N.clamp(min=1)).to(torch.float32)
+    return list(weights_N.split(lengths))
