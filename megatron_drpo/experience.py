@@ -6,6 +6,7 @@ Everything here runs on the replica's leader alone. `RolloutExperience` samples 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -138,30 +139,55 @@ class RolloutExperience:
         overlong = compute_overlong(rollouts, self._config.reward, limit)
         shaped = torch.tensor(rewards) + torch.tensor(overlong.penalties)
         advantages_PG = compute_advantages(shaped.reshape(len(groups), -1), self._config.algorithm.advantage)
+        advantages = advantages_PG.flatten()
         statistics = SampleStatistics()
-        sequences: list[TrainSequence] = []
-        records: list[RolloutRecord] = []
-        samples = zip(rollouts, rewards, advantages_PG.flatten().tolist(), overlong.left_out, strict=True)
-        for number, (rollout, reward, advantage, left_out) in enumerate(samples):
+        for rollout, reward in zip(rollouts, rewards, strict=True):
             truncated = rollout.finish_reason is not FinishReason.stop
             _count(statistics, rollout.prompt, len(rollout.response_ids), reward=reward, truncated=truncated)
-            sequences.append(build_sequence(number, rollout, advantage, left_out=left_out))
-            if len(records) < self._config.metrics.num_rollouts_dumped:
-                records.append(build_record(rollout, reward=reward, advantage=advantage))
-        return Experience(sequences=sequences, statistics=statistics, records=records)
+        shown = zip(rollouts, rewards, advantages.tolist(), strict=True)
+        return Experience(
+            sequences=build_sequences(rollouts, advantages, overlong.left_out),
+            statistics=statistics,
+            records=[
+                build_record(rollout, reward=reward, advantage=advantage)
+                for rollout, reward, advantage in itertools.islice(
+                    shown, self._config.metrics.num_rollouts_dumped
+                )
+            ],
+        )
 
 
-def build_sequence(number: int, rollout: Rollout, advantage: float, *, left_out: bool) -> TrainSequence:
-    """A scored rollout as a training sequence; every response token gets the sample's advantage."""
-    length = len(rollout.response_ids)
-    return TrainSequence(
-        id=number,
-        token_ids=torch.tensor([*rollout.prompt.token_ids, *rollout.response_ids]),
-        prompt_length=len(rollout.prompt.token_ids),
-        advantages=torch.full((length,), advantage),
-        rollout_logprobs=torch.tensor(rollout.rollout_logprobs, dtype=torch.float32),
-        loss_mask=torch.full((length,), not left_out),
+def build_sequences(
+    rollouts: list[Rollout], advantages: torch.Tensor, left_out: list[bool]
+) -> list[TrainSequence]:
+    """Scored rollouts as training sequences; every response token gets its sample's advantage.
+
+    Each field is one tensor, cut up: a tensor of its own per rollout and field would cost more than packing.
+    """
+    token_ids = [[*rollout.prompt.token_ids, *rollout.response_ids] for rollout in rollouts]
+    lengths = [len(ids) for ids in token_ids]
+    response_lengths = [len(rollout.response_ids) for rollout in rollouts]
+    repeats = torch.tensor(response_lengths)
+    logprobs = itertools.chain.from_iterable(rollout.rollout_logprobs for rollout in rollouts)
+    kept = ~torch.tensor(left_out, dtype=torch.bool)
+    columns = zip(
+        torch.tensor(list(itertools.chain.from_iterable(token_ids))).split(lengths),
+        advantages.float().repeat_interleave(repeats).split(response_lengths),
+        torch.tensor(list(logprobs), dtype=torch.float32).split(response_lengths),
+        kept.repeat_interleave(repeats).split(response_lengths),
+        strict=True,
     )
+    return [
+        TrainSequence(
+            id=number,
+            token_ids=ids_L,
+            prompt_length=len(rollouts[number].prompt.token_ids),
+            advantages=advantages_R,
+            rollout_logprobs=logprobs_R,
+            loss_mask=mask_R,
+        )
+        for number, (ids_L, advantages_R, logprobs_R, mask_R) in enumerate(columns)
+    ]
 
 
 class Evaluator:

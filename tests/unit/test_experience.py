@@ -29,7 +29,7 @@ from megatron_drpo.experience import (
     PromptShare,
     RolloutExperience,
     SampleStatistics,
-    build_sequence,
+    build_sequences,
 )
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.rewards.pool import RewardPool
@@ -214,8 +214,11 @@ def test_only_some_rollouts_are_kept_for_reading() -> None:
 
 
 def test_a_left_out_rollout_keeps_its_tokens() -> None:
-    sequence = build_sequence(9, sample(PROMPTS[2], 0), 1.5, left_out=True)
-    assert sequence.id == 9
+    rollouts = [sample(PROMPTS[1], 0), sample(PROMPTS[2], 0)]
+    kept, sequence = build_sequences(rollouts, torch.tensor([0.5, 1.5]), [False, True])
+    assert kept.loss_mask.all()
+    assert kept.advantages.tolist() == [0.5] * 2
+    assert sequence.id == 1
     assert len(sequence) == 3 + 3
     assert not sequence.loss_mask.any()
     assert sequence.advantages.tolist() == [1.5] * 3
