@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -50,7 +50,8 @@ class Outcome:
     after: float
     num_eval_samples: int
     overhead: float
-    """Mean over the steps of the share of time outside rollout, reward, forward/backward and optimizer."""
+    """Share of a step's time outside rollout, reward, forward/backward and optimizer; median over the steps,
+    because on a busy machine a single step may wait seconds for the disk."""
     exported: float
     num_export_samples: int
 
@@ -106,7 +107,7 @@ def run(folder: Path, *, seed: int, shuffle_rewards: bool) -> Outcome:
         before=evaluations[0]["eval/accuracy"],
         after=evaluations[-1]["eval/accuracy"],
         num_eval_samples=int(evaluations[-1]["eval/num_samples"]),
-        overhead=fmean(step["time/overhead_share"] for step in steps if "time/overhead_share" in step),
+        overhead=median(step["time/overhead_share"] for step in steps if "time/overhead_share" in step),
         exported=exported["accuracy"],
         num_export_samples=exported["num_samples"],
     )
@@ -166,7 +167,7 @@ def show(outcome: Outcome, run_dir: Path, problems: list[str], *, seconds: float
     table = Table.grid(padding=(0, 2))
     table.add_row("[dim]held-out accuracy[/]", f"[bold]{outcome.before:.1%} → {outcome.after:.1%}[/]")
     table.add_row("[dim]the export, with transformers[/]", f"{outcome.exported:.1%}")
-    table.add_row("[dim]trainer overhead[/]", f"{outcome.overhead:.1%} of a step")
+    table.add_row("[dim]trainer overhead[/]", f"{outcome.overhead:.1%} of a step's time (median)")
     table.add_row("[dim]time[/]", f"{int(seconds) // 60} min {int(seconds) % 60} s")
     table.add_row()
     table.add_row("[dim]curves and gradient weights[/]", f"{run_dir}/report.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -24,44 +25,60 @@ def iter_global_batches(
     Args:
         sequences: the replica's share of the step, on its leader; ignored elsewhere.
     """
-    num_updates = config.train.num_updates_per_step
-    for update in range(num_updates):
-        share = len(sequences) // num_updates
-        part = sequences[update * share : (update + 1) * share]
-        parallel = policy.parallel
-        packed = _pack_share(config, policy, part) if parallel.is_leader else None
+    parallel = policy.parallel
+    shares = _split(sequences, config.train.num_updates_per_step)
+    counts = _agree(config, parallel, shares) if parallel.is_leader else []
+    for update, share in enumerate(shares):
+        packed = _pack_share(config, policy, share, counts[update]) if parallel.is_leader else None
         yield cast(list[MicroBatch], parallel.broadcast_from_leader(packed))
 
 
-def _pack_share(config: Config, policy: Policy, sequences: list[TrainSequence]) -> list[MicroBatch]:
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of one global batch, over all replicas."""
+
+    loss_tokens: int
+    sequences: int
+    micro_batches: int
+    """The largest number that a replica needs."""
+
+
+def _split(sequences: list[TrainSequence], num_updates: int) -> list[list[TrainSequence]]:
+    share = len(sequences) // num_updates
+    return [sequences[update * share : (update + 1) * share] for update in range(num_updates)]
+
+
+def _agree(config: Config, parallel: ParallelState, shares: list[list[TrainSequence]]) -> list[_Counts]:
+    """The counts of every update of the step, in one exchange between the replicas' leaders."""
     max_tokens = config.policy.max_tokens_per_micro_batch
-    num_tokens, num_sequences = count_loss(sequences)
-    num_micro_batches = len(plan_micro_batches([len(sequence) for sequence in sequences], max_tokens))
-    num_tokens, num_sequences, num_micro_batches = _agree(
-        policy.parallel, num_tokens, num_sequences, num_micro_batches
+    local = torch.tensor(
+        [
+            [*count_loss(share), len(plan_micro_batches([len(sequence) for sequence in share], max_tokens))]
+            for share in shares
+        ],
+        device=parallel.device,
     )
+    gathered = [torch.empty_like(local) for _ in range(parallel.data_size)]
+    dist.all_gather(gathered, local, group=parallel.data_group)
+    replicas = torch.stack(gathered)
+    totals, largest = replicas.sum(0).tolist(), replicas.amax(0).tolist()
+    return [_Counts(total[0], total[1], most[2]) for total, most in zip(totals, largest, strict=True)]
+
+
+def _pack_share(
+    config: Config, policy: Policy, sequences: list[TrainSequence], counts: _Counts
+) -> list[MicroBatch]:
     token_weights = compute_token_weights(
         sequences,
         config.algorithm.aggregation,
-        num_loss_tokens=num_tokens,
-        num_sequences=num_sequences,
+        num_loss_tokens=counts.loss_tokens,
+        num_sequences=counts.sequences,
         horizon_tokens=config.algorithm.horizon_tokens or config.rollout.max_response_tokens,
     )
     return pack_global_batch(
         sequences,
         token_weights,
-        max_tokens=max_tokens,
+        max_tokens=config.policy.max_tokens_per_micro_batch,
         pad_to_multiple=policy.parallel.tensor_size,
-        num_micro_batches=policy.round_up_micro_batches(num_micro_batches),
+        num_micro_batches=policy.round_up_micro_batches(counts.micro_batches),
     )
-
-
-def _agree(
-    parallel: ParallelState, num_tokens: int, num_sequences: int, num_micro_batches: int
-) -> tuple[int, int, int]:
-    """Counts summed, and the number of micro-batches maximised, over the replicas' leaders."""
-    counts = torch.tensor([num_tokens, num_sequences, num_micro_batches], device=parallel.device)
-    gathered = [torch.empty_like(counts) for _ in range(parallel.data_size)]
-    dist.all_gather(gathered, counts, group=parallel.data_group)
-    tokens, counted_sequences, micro_batches = zip(*(row.tolist() for row in gathered), strict=True)
-    return sum(tokens), sum(counted_sequences), max(micro_batches)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 from rich.console import Console
@@ -39,7 +37,7 @@ from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.engine import RolloutEngine
 from megatron_drpo.trainer import Trainer
-from megatron_drpo.weight_sync.push import push_weights
+from megatron_drpo.weight_sync.push import WeightPusher
 
 
 def run(config: Config) -> None:
@@ -62,6 +60,8 @@ def run(config: Config) -> None:
         policy = Policy(config, platform, parallel)
         if parallel.is_main:
             _print_banner(config, platform, policy)
+        publishes = parallel.is_main and config.train.mode is Mode.rl
+        pusher = _build_pusher(config.rollout, stack) if publishes else None
         share = experience = evaluator = None
         if parallel.is_leader:
             share, experience, evaluator = _build_leader(config, policy, stack)
@@ -74,7 +74,7 @@ def run(config: Config) -> None:
             share=share,
             experience=experience,
             evaluator=evaluator,
-            push_weights=partial(_push, config.rollout) if parallel.is_main else None,
+            pusher=pusher,
             writer=writer,
             progress=progress,
         ).run()
@@ -119,14 +119,14 @@ def _build_leader(
     return share, RolloutExperience(config, share, engine, rewards), evaluator
 
 
-def _push(config: RolloutConfig, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
-    push_weights(
-        tensors,
+def _build_pusher(config: RolloutConfig, stack: ExitStack) -> WeightPusher:
+    pusher = WeightPusher(
         config.endpoints,
-        policy_version=policy_version,
         timeout_s=config.request_timeout_s,
         verify_checksum=config.engine is RolloutEngineName.embedded,
     )
+    stack.callback(pusher.close)
+    return pusher
 
 
 def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:

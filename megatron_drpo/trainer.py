@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
+from megatron_drpo.weight_sync.push import WeightPusher
 
 Metrics = dict[str, float | list[float]]
-NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 class Trainer:
@@ -31,7 +30,7 @@ class Trainer:
     Args:
         share, experience: on replica leaders.
         evaluator: on replica leaders, if evaluation is on.
-        push_weights: on global rank 0, in rl mode: gives the servers weights and their version.
+        pusher: on global rank 0, in rl mode.
         writer, progress: on global rank 0.
     """
 
@@ -44,7 +43,7 @@ class Trainer:
         share: PromptShare | None,
         experience: ExperienceSource | None,
         evaluator: Evaluator | None,
-        push_weights: Callable[[NamedTensors, int], None] | None,
+        pusher: WeightPusher | None,
         writer: MetricsWriter | None,
         progress: Progress | None,
     ) -> None:
@@ -54,7 +53,7 @@ class Trainer:
         self.share = share
         self.experience = experience
         self.evaluator = evaluator
-        self.push_weights = push_weights
+        self.pusher = pusher
         self.writer = writer
         self.progress = progress
         self.state = RunState()
@@ -117,8 +116,8 @@ class Trainer:
         self._phase("weight sync")
         with self.timer.phase("weight_sync"):
             tensors = self.policy.hf_tensors()
-            if self.push_weights is not None:
-                self.push_weights(tensors, self.state.policy_version)
+            if self.pusher is not None:
+                self.pusher.push(tensors, self.state.policy_version)
             else:
                 for _ in tensors:
                     pass

@@ -150,10 +150,12 @@ class Policy:
             for result in results:
                 loss += result.loss
                 totals = totals + result.diagnostics
-        sums = torch.cat([loss, totals.sums])
-        dist.all_reduce(sums)
-        maxima = totals.maxima.clone()
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        # One all-gather, for sums and maxima alike.
+        values = torch.cat([loss, totals.sums, totals.maxima])
+        gathered = [torch.empty_like(values) for _ in range(self.parallel.world_size)]
+        dist.all_gather(gathered, values)
+        ranks = torch.stack(gathered)
+        sums, maxima = ranks[:, : -len(totals.maxima)].sum(0), ranks[:, -len(totals.maxima) :].amax(0)
         return float(sums[0]), Diagnostics(sums=sums[1:], maxima=maxima)
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,64 +17,77 @@ Bucket = list[tuple[str, torch.Tensor]]
 DEFAULT_BUCKET_BYTES = 256 * 2**20
 
 
-def push_weights(
-    tensors: NamedTensors,
-    endpoints: Sequence[str],
-    *,
-    policy_version: int,
-    timeout_s: float,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    verify_checksum: bool = True,
-) -> None:
-    """Make all servers serve these weights as `policy_version`. Call it on global rank 0 alone.
+class WeightPusher:
+    """Keeps connections to the servers; used on global rank 0 alone, from one thread."""
 
-    Args:
-        tensors: every tensor of the model under its HF name, whole, on the CPU; consumed as a stream.
-        endpoints: base URLs of the servers.
-        timeout_s: limit of each request.
-        bucket_bytes: tensors are sent in buckets of about this size; one larger tensor goes alone. The
-            embedded server holds all buckets until the update ends, so a failed update changes nothing there.
-        verify_checksum: compare checksums afterwards. SGLang's checker hashes its own fused layout, which
-            has no counterpart here: pass False for it, and the version alone is verified.
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        timeout_s: float,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        verify_checksum: bool = True,
+    ) -> None:
+        """
+        Args:
+            endpoints: base URLs of the servers.
+            timeout_s: limit of each request.
+            bucket_bytes: tensors are sent in buckets of about this size; one larger tensor goes alone. The
+                embedded server holds all buckets until the update ends, so a failed update changes nothing
+                there.
+            verify_checksum: compare checksums afterwards. SGLang's checker hashes its own fused layout, which
+                has no counterpart here: pass False for it, and the version alone is verified.
+        """
+        self._clients = [SGLangClient(url, timeout_s=timeout_s) for url in endpoints]
+        self._bucket_bytes = bucket_bytes
+        self._verify_checksum = verify_checksum
+        self._tp_sizes: list[int] = []
+        """Of each server; known from the first push on."""
+        self._runner = asyncio.Runner()
 
-    Raises:
-        WeightSyncError: names the server that could not be updated or does not have these weights.
-    """
+    def push(self, tensors: NamedTensors, policy_version: int) -> None:
+        """Make all servers serve these weights as `policy_version`.
 
-    async def push() -> None:
-        clients = [SGLangClient(url, timeout_s=timeout_s) for url in endpoints]
+        Args:
+            tensors: every tensor of the model under its HF name, whole, on the CPU; consumed as a stream.
+
+        Raises:
+            WeightSyncError: names the server that could not be updated or does not have these weights.
+        """
         try:
-            await _push(clients, tensors, str(policy_version), bucket_bytes, verify_checksum)
+            self._runner.run(self._push(tensors, str(policy_version)))
         except RolloutError as error:
             raise WeightSyncError(str(error)) from error
-        finally:
-            for client in clients:
+
+    def close(self) -> None:
+        """Close all connections."""
+
+        async def close() -> None:
+            for client in self._clients:
                 await client.close()
 
-    asyncio.run(push())
+        self._runner.run(close())
+        self._runner.close()
 
-
-async def _push(
-    clients: list[SGLangClient], tensors: NamedTensors, version: str, bucket_bytes: int, verify_checksum: bool
-) -> None:
-    infos = await run_all(client.server_info() for client in clients)
-    tp_sizes = [int(info["tp_size"]) for info in infos]
-    checksum = WeightsChecksum()
-    await run_all(client.begin_weight_update() for client in clients)
-    for bucket, is_last in _mark_last(_buckets(tensors, bucket_bytes)):
-        for name, tensor in bucket:
-            checksum.add(name, tensor)
-        payload = encode_bucket(bucket)
-        await run_all(
-            client.update_weights_from_tensor(
-                payload, tp_size=tp_size, weight_version=version if is_last else None
+    async def _push(self, tensors: NamedTensors, version: str) -> None:
+        if not self._tp_sizes:
+            infos = await run_all(client.server_info() for client in self._clients)
+            self._tp_sizes = [int(info["tp_size"]) for info in infos]
+        checksum = WeightsChecksum()
+        await run_all(client.begin_weight_update() for client in self._clients)
+        for bucket, is_last in _mark_last(_buckets(tensors, self._bucket_bytes)):
+            for name, tensor in bucket:
+                checksum.add(name, tensor)
+            payload = encode_bucket(bucket)
+            await run_all(
+                client.update_weights_from_tensor(
+                    payload, tp_size=tp_size, weight_version=version if is_last else None
+                )
+                for client, tp_size in zip(self._clients, self._tp_sizes, strict=True)
             )
-            for client, tp_size in zip(clients, tp_sizes, strict=True)
-        )
-    await run_all(client.end_weight_update() for client in clients)
-    await run_all(
-        _verify(client, version, checksum.hexdigest() if verify_checksum else None) for client in clients
-    )
+        await run_all(client.end_weight_update() for client in self._clients)
+        expected = checksum.hexdigest() if self._verify_checksum else None
+        await run_all(_verify(client, version, expected) for client in self._clients)
 
 
 async def _verify(client: SGLangClient, version: str, checksum: str | None) -> None:

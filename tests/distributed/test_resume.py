@@ -176,12 +176,14 @@ def publish(_: Path) -> float:
         def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
             return iter(())
 
-    pushed = []
+    pushed: list[float] = []
 
-    def push(tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
-        time.sleep(0.5)
-        pushed.append(time.monotonic())
+    class SlowPusher:
+        def push(self, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
+            time.sleep(0.5)
+            pushed.append(time.monotonic())
 
+    pusher: Any = SlowPusher()
     rank = torch.distributed.get_rank()
     config = Config(data=DataConfig(train_path="unused"), policy=PolicyConfig(model_path="unused"))
     policy: Any = NoWeights()
@@ -192,7 +194,7 @@ def publish(_: Path) -> float:
         share=None,
         experience=None,
         evaluator=None,
-        push_weights=push if rank == 0 else None,
+        pusher=pusher if rank == 0 else None,
         writer=None,
         progress=None,
     )

@@ -51,7 +51,7 @@ def start(one_rank: ParallelState) -> Callable[..., Trainer]:
                 share=None,
                 experience=None,
                 evaluator=None,
-                push_weights=None,
+                pusher=None,
                 writer=writer,
                 progress=None,
             )

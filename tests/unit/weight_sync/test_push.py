@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_drpo.rollout.client import SGLangClient
 from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.weight_sync import push as push_module
 from megatron_drpo.weight_sync.checksum import compute_checksum
-from megatron_drpo.weight_sync.push import push_weights
+from megatron_drpo.weight_sync.push import WeightPusher
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,6 +28,21 @@ def new(model_path: Path) -> Tensors:
     torch.manual_seed(3)
     tensors = load_file(model_path / "model.safetensors")
     return {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+
+
+def push_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    endpoints: list[str],
+    *,
+    policy_version: int,
+    timeout_s: float,
+    **settings: Any,
+) -> None:
+    pusher = WeightPusher(endpoints, timeout_s=timeout_s, **settings)
+    try:
+        pusher.push(tensors, policy_version)
+    finally:
+        pusher.close()
 
 
 def get(url: str) -> Any:
@@ -170,3 +185,11 @@ def test_pushing_while_requests_run(endpoint: str, new: Tensors) -> None:
 def test_timeout_is_an_error(endpoint: str, new: Tensors) -> None:
     with pytest.raises(WeightSyncError, match=r"no answer within 1e-06 s"):
         push_weights(new.items(), [endpoint], policy_version=1, timeout_s=1e-6)
+
+
+def test_one_pusher_pushes_again_and_again(endpoint: str, new: Tensors) -> None:
+    pusher = WeightPusher([endpoint], timeout_s=10)
+    for version in (1, 2, 3):
+        pusher.push(new.items(), version)
+        assert get(f"{endpoint}/model_info")["weight_version"] == str(version)
+    pusher.close()
