@@ -76,7 +76,7 @@ def run(folder: Path, *, seed: int, shuffle_rewards: bool) -> Outcome:
     python(
         "tools/tiny_model.py",
         f"{folder}/random",
-        "--num-layers=2",
+        "--num-layers=3",
         "--hidden-size=128",
         "--num-experts=4",
         "--expert-size=64",

@@ -37,6 +37,8 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
     Returns:
         Indices into `lengths`, ascending within a micro-batch; micro-batches ordered by their first index.
     """
+    if lengths and sum(lengths) <= max_tokens:  # planning takes milliseconds
+        return [list(range(len(lengths)))]
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     plan = _fill_first_fit(longest_first, lengths, max_tokens)
     even_plan = _fill_emptiest(longest_first, lengths, len(plan))
