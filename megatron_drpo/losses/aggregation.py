@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_drpo.config import Aggregation
@@ -22,8 +22,17 @@ from megatron_drpo.types import TrainSequence
 def count_loss(sequences: Sequence[TrainSequence]) -> tuple[int, int]:
     """(loss tokens, sequences with at least one loss token): summed over the data-parallel ranks, these are
     the two counts that `compute_token_weights` takes."""
-    counts = [int(sequence.loss_mask.sum()) for sequence in sequences]
-    return sum(counts), sum(count > 0 for count in counts)
+    if not sequences:
+        return 0, 0
+    counts_S = _count_each([sequence.loss_mask for sequence in sequences])
+    return int(counts_S.sum()), int((counts_S > 0).sum())
+
+
+def _count_each(masks: Sequence[Bool[Tensor, " _"]]) -> Int[Tensor, " S"]:
+    """True entries of each mask, not one call per mask: a step has thousands of short sequences."""
+    ends_S = torch.tensor([len(mask_R) for mask_R in masks]).cumsum(0)
+    running_S = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(list(masks)).cumsum(0)])[ends_S]
+    return running_S.diff(prepend=torch.zeros(1, dtype=torch.int64))
 
 
 def compute_token_weights(
@@ -63,8 +72,7 @@ def compute_token_weights(
         case Aggregation.token_mean:
             divisor_N = torch.tensor(num_loss_tokens)
         case Aggregation.sequence_mean_token_mean:
-            counts = torch.tensor([int(mask_R.sum()) for mask_R in masks])
-            divisor_N = num_sequences * counts.repeat_interleave(torch.tensor(lengths))
+            divisor_N = num_sequences * _count_each(masks).repeat_interleave(torch.tensor(lengths))
         case Aggregation.sequence_mean_token_sum:
             divisor_N = torch.tensor(num_sequences * horizon_tokens)
     # The divisor is 0 only where the mask is empty; float64 so that the division rounds once.
