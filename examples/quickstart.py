@@ -51,7 +51,7 @@ class Outcome:
     num_eval_samples: int
     overhead: float
     """Share of a step's time outside rollout, reward, forward/backward and optimizer; median over the steps,
-    because on a busy machine a single step may wait seconds for the disk."""
+    because on a busy machine a single step may wait seconds for other processes."""
     exported: float
     num_export_samples: int
 
