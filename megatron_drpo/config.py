@@ -217,6 +217,7 @@ class Advantage(StrEnum):
     group_mean = "group_mean"
     group_mean_std = "group_mean_std"
     leave_one_out = "leave_one_out"
+    reinforce_plus_plus = "reinforce_plus_plus"
 
 
 class Aggregation(StrEnum):
@@ -225,21 +226,51 @@ class Aggregation(StrEnum):
     sequence_mean_token_sum = "sequence_mean_token_sum"
 
 
+class Anchor(StrEnum):
+    rollout = "rollout"
+    recomputed = "recomputed"
+
+
+class TokenCorrection(StrEnum):
+    none = "none"
+    tis = "tis"
+    mis = "mis"
+    icepop = "icepop"
+
+
+class KlEstimator(StrEnum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
 @dataclass(kw_only=True)
 class LossConfig:
     name: str = "drpo"
-    """`drpo`, `surrogate` or `grpo`: see `losses/`."""
+    """One of `losses/registry.py`, or `module:function` taking a LossConfig and returning a `Loss`."""
     delta: float = 0.1
-    """drpo: bound on |pi - mu|. At 1 or above it can never bind."""
+    """drpo, mask_drpo: bound on |pi - mu| of the regulariser. At 1 or above it can never bind."""
+    epsilon: float = 0.2
+    """spo: bound on |r - 1|."""
+    mask_high: float = 0.15
+    """dppo, mask_drpo: for A > 0, the divergence (TV or KL) above which a diverging token is masked."""
+    mask_low: float | None = None
+    """The same for A < 0; mask_high when not given."""
+    ratio_cap: float | None = None
+    """dppo: the detached ratio is capped here; not given: no cap."""
+    num_topk: int = 20
+    """dppo_topk: ids per token that the rollout reports; the rest of the vocabulary is one further bin."""
     clip_low: float = 0.2
-    """grpo: ratio clipped below 1 - clip_low."""
+    """grpo, gspo, cispo: ratio clipped below 1 - clip_low."""
     clip_high: float = 0.2
-    """grpo: ratio clipped above 1 + clip_high."""
+    """grpo, gspo, cispo: ratio clipped above 1 + clip_high."""
     dual_clip: float | None = None
     """grpo: for negative advantages the loss is capped at dual_clip * |A|."""
 
     def problems(self) -> Problems:
-        yield from _positive(self, "algorithm.loss", "delta", "clip_high")
+        key = "algorithm.loss"
+        yield from _positive(self, key, "delta", "epsilon", "clip_high", "mask_high", "mask_low", "ratio_cap")
+        yield from _at_least(self, key, 1, "num_topk")
         if not 0 < self.clip_low <= 1:
             yield f"algorithm.loss.clip_low={self.clip_low}: must be in (0, 1]"
         if self.dual_clip is not None and self.dual_clip <= 1:
@@ -247,16 +278,84 @@ class LossConfig:
 
 
 @dataclass(kw_only=True)
+class CorrectionConfig:
+    """Train/rollout mismatch: rho = old/mu with `anchor=recomputed`, the detached pi/mu with `anchor=rollout`.
+    All are independent of each other; a masked token contributes 0 but keeps its place in the aggregation."""
+
+    token: TokenCorrection = TokenCorrection.none
+    """tis: factor min(rho, token_high). mis: factor 1 inside [token_low, token_high], else 0.
+    icepop: factor rho inside, else 0. tis and icepop need `anchor=recomputed`."""
+    token_low: float = 0.5
+    token_high: float = 2.0
+    sequence_low: float | None = None
+    """Sequences whose geometric mean of rho lies outside [sequence_low, sequence_high] are masked."""
+    sequence_high: float | None = None
+    opsm_delta: float | None = None
+    """Off-policy sequence mask: sequences with A < 0 and mean(logmu - logpi) > opsm_delta are masked."""
+
+    def problems(self) -> Problems:
+        key = "algorithm.correction"
+        yield from _positive(self, key, "token_high", "sequence_low", "sequence_high", "opsm_delta")
+        yield from _at_least(self, key, 0, "token_low")
+        for level in ("token", "sequence"):
+            low, high = getattr(self, f"{level}_low"), getattr(self, f"{level}_high")
+            if low is not None and high is not None and low > high:
+                yield f"{key}.{level}_low={low}: must not exceed {level}_high={high}"
+
+
+@dataclass(kw_only=True)
+class KlConfig:
+    """A penalty on the divergence from a frozen reference policy, added to every loss token."""
+
+    coef: float = 0.0
+    """0: no reference policy is held."""
+    estimator: KlEstimator = KlEstimator.k3
+    reference_path: str | None = None
+    """HF folder of the reference policy; policy.model_path when not given."""
+
+    def problems(self) -> Problems:
+        yield from _at_least(self, "algorithm.kl", 0, "coef")
+
+
+@dataclass(kw_only=True)
+class DynamicSamplingConfig:
+    """DAPO's filter (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are dropped and refilled."""
+
+    enabled: bool = False
+    max_rounds: int = 10
+    """Batches of prompts drawn in one step before the run goes on with the groups it has."""
+
+    def problems(self) -> Problems:
+        yield from _at_least(self, "algorithm.dynamic_sampling", 1, "max_rounds")
+
+
+@dataclass(kw_only=True)
 class AlgorithmConfig:
     loss: LossConfig = field(default_factory=LossConfig)
+    anchor: Anchor = Anchor.rollout
+    """The denominator of r: the engine's logprobs (the paper's choice), or the trainer's own, recomputed
+    before the step's first update."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus: the loss falls by entropy_coef * H."""
     advantage: Advantage = Advantage.group_mean
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     aggregation: Aggregation = Aggregation.token_mean
     horizon_tokens: int | None = None
     """sequence_mean_token_sum: the fixed divisor; rollout.max_response_tokens when not given."""
 
     def problems(self) -> Problems:
-        yield from self.loss.problems()
+        for section in (self.loss, self.correction, self.kl, self.dynamic_sampling):
+            yield from section.problems()
         yield from _at_least(self, "algorithm", 1, "horizon_tokens")
+        yield from _at_least(self, "algorithm", 0, "entropy_coef")
+        token = self.correction.token
+        if self.anchor is Anchor.rollout and token in (TokenCorrection.tis, TokenCorrection.icepop):
+            yield (
+                f"algorithm.correction.token={token} needs algorithm.anchor=recomputed: with anchor=rollout "
+                "the ratio of the loss contains the correction already"
+            )
 
 
 # -------------------------------------------------------------------------------------------- policy
@@ -273,6 +372,18 @@ class Recompute(StrEnum):
     full = "full"
 
 
+class LogprobMode(StrEnum):
+    auto = "auto"
+    one_pass = "one_pass"
+    recompute = "recompute"
+
+
+class LogprobBackend(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
 @dataclass(kw_only=True)
 class PolicyConfig:
     model_path: str = ""
@@ -283,23 +394,33 @@ class PolicyConfig:
     """Token budget of one packed forward; a longer sequence gets a micro-batch of its own."""
     recompute: Recompute = Recompute.none
     """Recompute activations in the backward pass: nothing, the attention core, or every layer."""
-    logprob_chunk_tokens: int = 1024
-    """Rows of logits held in fp32 at a time by the logprob op."""
+    logprob_mode: LogprobMode = LogprobMode.auto
+    """one_pass: gradients of the LM head are formed in the forward pass, three GEMMs; not for losses or
+    corrections of whole sequences. recompute: logits are computed again in the backward pass, four GEMMs.
+    auto: one_pass where the loss allows it."""
+    logprob_backend: LogprobBackend = LogprobBackend.auto
+    """What reads and writes the logits: torch, or fused Triton kernels (CUDA). auto: triton on CUDA."""
+    logprob_buffer_bytes: int = 256 * 2**20
+    """Memory for logits; tokens go through the LM head in chunks that fit. One chunk, one collective
+    where the mode is one_pass."""
     megatron_overrides: dict[str, Any] = field(default_factory=dict)
     """Further fields of Megatron's TransformerConfig; unknown names are an error."""
 
     def problems(self) -> Problems:
         if not self.model_path:
             yield "policy.model_path is missing: give an HF model folder"
-        yield from _at_least(self, "policy", 1, "max_tokens_per_micro_batch", "logprob_chunk_tokens")
+        yield from _at_least(self, "policy", 1, "max_tokens_per_micro_batch", "logprob_buffer_bytes")
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Sizes of the process mesh. Ranks = tensor * pipeline * data; expert layers re-split the same ranks."""
+    """Sizes of the process mesh. Ranks = tensor * context * pipeline * data; expert layers re-split the
+    ranks of one pipeline stage."""
 
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of each sequence."""
     pipeline_parallel_size: int = 1
     virtual_pipeline_parallel_size: int = 1
     """Model chunks per pipeline rank; 1: not interleaved."""
@@ -311,7 +432,12 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        return (
+            self.tensor_parallel_size
+            * self.context_parallel_size
+            * self.pipeline_parallel_size
+            * self.data_parallel_size
+        )
 
     def problems(self) -> Problems:
         sizes = [f.name for f in fields(self) if f.name.endswith("_size")]
@@ -325,11 +451,11 @@ class ParallelConfig:
                 "needs parallel.pipeline_parallel_size > 1"
             )
         expert_ranks = self.expert_parallel_size * self.expert_tensor_parallel_size
-        ranks_per_stage = self.tensor_parallel_size * self.data_parallel_size
+        ranks_per_stage = self.world_size // max(self.pipeline_parallel_size, 1)
         if expert_ranks >= 1 and ranks_per_stage % expert_ranks:
             yield (
                 f"parallel.expert_parallel_size * expert_tensor_parallel_size = {expert_ranks} must divide "
-                f"tensor_parallel_size * data_parallel_size = {ranks_per_stage}"
+                f"tensor_parallel_size * context_parallel_size * data_parallel_size = {ranks_per_stage}"
             )
 
 

@@ -125,6 +125,7 @@ def pack(
         rollout_logprobs_T=of_responses(torch.float32, [sequence.rollout_logprobs for sequence in sequences]),
         advantages_T=of_responses(torch.float32, [sequence.advantages for sequence in sequences]),
         token_weights_T=of_responses(torch.float32, list(token_weights)),
+        sequence_index_T=torch.arange(len(lengths)).repeat_interleave(lengths_S),
         cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=max(lengths),
         sequence_ids=[sequence.id for sequence in sequences],

@@ -3,6 +3,7 @@
 Dimensions used in names and comments:
     P  prompts of one step         G  samples of one prompt (a group)
     R  sampled response tokens     L  tokens of one sequence (prompt + response)
+    K  most probable ids per response token, where the loss asks for them
     T  packed tokens of one micro-batch, padding included
     S  packed sequences of one micro-batch, the padding sequence included
 """
@@ -62,6 +63,10 @@ class Rollout:
     finish_reason: FinishReason
     text: str
     """The response decoded, special tokens skipped."""
+    topk_ids: list[list[int]] | None = None
+    """[R][K] the engine's K most probable ids at each response token, if the loss asks for them."""
+    topk_logprobs: list[list[float]] | None = None
+    """[R][K] their log mu at the sampling temperature."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,6 +93,10 @@ class TrainSequence:
     """float32 log mu per response token; zeros in sft mode."""
     loss_mask: Bool[torch.Tensor, " R"]
     """Response tokens that contribute to the loss."""
+    topk_ids: Int[torch.Tensor, "R K"] | None = None
+    """int64, see `Rollout`; on all sequences of a step or on none."""
+    topk_logprobs: Float[torch.Tensor, "R K"] | None = None
+    """float32."""
 
     def __len__(self) -> int:
         return int(self.token_ids.numel())
@@ -111,13 +120,22 @@ class MicroBatch:
     rollout_logprobs_T: Float[torch.Tensor, " T"]
     advantages_T: Float[torch.Tensor, " T"]
     token_weights_T: Float[torch.Tensor, " T"]
+    sequence_index_T: Int[torch.Tensor, " T"]
+    """int64, 0 .. S-1: which packed sequence a position belongs to."""
     cu_seqlens: Int[torch.Tensor, " S+1"]
-    """int32, first 0, last T."""
+    """int32, first 0, last T (of the whole sequences, also where context parallelism has split them)."""
     max_seqlen: int
     sequence_ids: list[int]
     """Ids of the real sequences, in packed order (the padding sequence has none)."""
     prompt_lengths: list[int]
     """Prompt tokens of each real sequence: what tells its response from its prompt when unpacking."""
+    topk_ids_TK: Int[torch.Tensor, "T K"] | None = None
+    """int64; 0 where nothing was sampled."""
+    topk_logprobs_TK: Float[torch.Tensor, "T K"] | None = None
+    old_logprobs_T: Float[torch.Tensor, " T"] | None = None
+    """The trainer's own logprobs before the step's first update (anchor=recomputed), on the last stage."""
+    ref_logprobs_T: Float[torch.Tensor, " T"] | None = None
+    """The reference policy's logprobs (kl.coef > 0), on the last stage."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,92 @@
+"""What is minimised per loss token: the loss, corrected for mismatch, with KL penalty and entropy bonus.
+
+    objective = c * loss + kl_coef * KL-estimate - entropy_coef * H
+
+with c the product of the corrections' factors, which have no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_drpo.config import AlgorithmConfig
+from megatron_drpo.losses.base import Loss
+from megatron_drpo.losses.corrections import Correction, build_corrections
+from megatron_drpo.losses.kl import KlPenalty, build_kl_penalty
+from megatron_drpo.losses.registry import build_loss
+from megatron_drpo.losses.tokens import LossTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Pure; `build_objective` makes it from the configuration."""
+
+    loss: Loss
+    corrections: tuple[Correction, ...] = ()
+    kl: KlPenalty | None = None
+    entropy_coef: float = 0.0
+
+    @property
+    def needs_sequences(self) -> bool:
+        """A token's gradient depends on its whole sequence, so it is not known chunk by chunk."""
+        return self.loss.needs_sequences or any(c.needs_sequences for c in self.corrections)
+
+    def value(
+        self, tokens: LossTokens, entropy_N: Float[Tensor, " N"], factor_N: Float[Tensor, " N"] | None = None
+    ) -> Float[Tensor, " N"]:
+        """The objective per token, differentiable with respect to logprobs_N and entropy_N.
+
+        Args:
+            factor_N: what `factor` gave for these tokens, if it is at hand.
+        """
+        value_N = self.loss.value(tokens)
+        if self.corrections:
+            # where, not multiplication: a masked token contributes 0 whatever its value.
+            factor_N = self.factor(tokens) if factor_N is None else factor_N
+            value_N = torch.where(factor_N == 0, torch.zeros_like(value_N), value_N * factor_N)
+        if self.kl is not None:
+            value_N = value_N + self.kl.value(tokens)
+        if self.entropy_coef:
+            value_N = value_N - self.entropy_coef * entropy_N
+        return value_N
+
+    @torch.no_grad()
+    def logprob_gradient(self, tokens: LossTokens) -> Float[Tensor, " N"]:
+        """d objective / dlogpi per token in closed form; the gradient to entropy_N is -entropy_coef."""
+        gradient_N = self.loss.logprob_gradient(tokens)
+        if self.corrections:
+            factor_N = self.factor(tokens)
+            gradient_N = torch.where(factor_N == 0, torch.zeros_like(gradient_N), gradient_N * factor_N)
+        if self.kl is not None:
+            gradient_N = gradient_N + self.kl.logprob_gradient(tokens)
+        return gradient_N
+
+    @torch.no_grad()
+    def factor(self, tokens: LossTokens) -> Float[Tensor, " N"]:
+        """The product of the corrections' factors; 1 without corrections."""
+        factor_N = torch.ones_like(tokens.logprobs_N)
+        for correction in self.corrections:
+            factor_N = factor_N * correction.factor(tokens)
+        return factor_N
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but hardly meant, one sentence each."""
+        return self.loss.warnings() + ([] if self.kl is None else self.kl.warnings())
+
+
+def build_objective(config: AlgorithmConfig) -> Objective:
+    """The objective that the configuration describes.
+
+    Raises:
+        ConfigError: the loss is unknown.
+    """
+    return Objective(
+        loss=build_loss(config.loss),
+        corrections=build_corrections(config.correction, config.anchor),
+        kl=build_kl_penalty(config.kl),
+        entropy_coef=config.entropy_coef,
+    )
