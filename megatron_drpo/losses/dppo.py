@@ -35,7 +35,7 @@ class DppoLoss(RatioLoss):
 
     @classmethod
     def from_config(cls, config: LossConfig) -> DppoLoss:
-        return cls(mask_high=config.mask_high, mask_low=_mask_low(config), ratio_cap=config.ratio_cap)
+        return cls(**_shared(config))
 
     @abstractmethod
     def divergence(self, tokens: LossTokens) -> Float[Tensor, " N"]:
@@ -114,18 +114,11 @@ class DppoTopkLoss(DppoLoss):
     It is taken from the rollout's distribution, whatever the anchor, and so is the direction.
     """
 
-    # No default, where the one of Loss is 0.
-    # pyrefly: ignore[bad-override]  read-only here, as all fields of a frozen class
-    num_topk: int = field()
+    num_topk: int = field()  # no default: the one of Loss is 0
 
     @classmethod
     def from_config(cls, config: LossConfig) -> DppoTopkLoss:
-        return cls(
-            mask_high=config.mask_high,
-            mask_low=_mask_low(config),
-            ratio_cap=config.ratio_cap,
-            num_topk=config.num_topk,
-        )
+        return cls(num_topk=config.num_topk, **_shared(config))
 
     def sampled_change(self, tokens: LossTokens) -> Float[Tensor, " N"]:
         return tokens.probs_N - tokens.rollout_logprobs_N.exp()
@@ -161,8 +154,9 @@ class DppoTopkKlLoss(DppoTopkLoss):
         return terms_NK.sum(dim=1) + rest_mu_N * (rest_mu_N / rest_pi_N).log()
 
 
-def _mask_low(config: LossConfig) -> float:
-    return config.mask_high if config.mask_low is None else config.mask_low
+def _shared(config: LossConfig) -> dict[str, float | None]:
+    mask_low = config.mask_high if config.mask_low is None else config.mask_low
+    return {"mask_high": config.mask_high, "mask_low": mask_low, "ratio_cap": config.ratio_cap}
 
 
 def _topk(tokens: LossTokens) -> TopK:

@@ -193,8 +193,8 @@ def test_value_at_the_edge_of_its_range(key: str, value: float | None) -> None:
         ),
         (
             {"algorithm__correction__token": "tis"},
-            "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the ratio "
-            "of the loss contains the correction already",
+            "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the ratio of "
+            "the loss contains the correction already",
         ),
         (
             {"algorithm__correction__token_low": 3.0},
@@ -225,8 +225,8 @@ def test_rule_between_keys(changes: dict[str, Any], problem: str) -> None:
     [
         ("tis", "recomputed"),
         ("mis", "recomputed"),
-        ("mis", "rollout"),
         ("icepop", "recomputed"),
+        ("mis", "rollout"),
         ("icepop", "rollout"),
     ],
 )
