@@ -134,6 +134,7 @@ def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
     parallel = config.parallel
     sizes = {
         "TP": parallel.tensor_parallel_size,
+        "CP": parallel.context_parallel_size,
         "PP": parallel.pipeline_parallel_size,
         "VPP": parallel.virtual_pipeline_parallel_size,
         "EP": parallel.expert_parallel_size,

@@ -122,7 +122,10 @@ class Policy:
 
     @torch.no_grad()
     def compute_logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """[T] logprobs of every micro-batch under the current weights; empty before the last stage."""
+        """[T] logprobs of this rank's tokens of every micro-batch under the current weights.
+
+        Empty before the last stage.
+        """
         for chunk in self.chunks:
             chunk.eval()
         forward = LogprobForward(self._settings, self.parallel)
@@ -137,13 +140,13 @@ class Policy:
             data_iterator=iterators if several else iterators[0],
             model=cast(Any, self.chunks if several else self.chunks[0]),
             num_microbatches=len(micro_batches),
-            seq_length=max(micro_batch.num_tokens for micro_batch in micro_batches),
+            seq_length=max(int(micro_batch.cu_seqlens[-1]) for micro_batch in micro_batches),
             micro_batch_size=1,
             **kwargs,
         )
 
     def _reduce(self, results: list[MicroBatchResult]) -> tuple[float, Diagnostics]:
-        """Add up what the last stages saw; each replica counts once."""
+        """Add up what the last stages saw; each token counts once."""
         totals = Diagnostics.zeros(self.parallel.device)
         loss = torch.zeros(1, dtype=torch.float64, device=self.parallel.device)
         if self.parallel.tensor_rank == 0:
