@@ -5,7 +5,7 @@ parts are cheap and late ones dear, so that the pairs cost the same on every ran
 attention and Megatron's rotary embedding expect packed sequences in this order.
 
     C  context-parallel ranks        S  packed sequences of a micro-batch
-    T  packed tokens of all ranks together; each rank holds T / C of every sequence alike
+    T  packed tokens of all ranks together      U  tokens of one rank, T / C
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from megatron_drpo.types import MicroBatch
 
 
-def local_positions(cu_seqlens: Int[Tensor, " S+1"], rank: int, size: int) -> Int[Tensor, " T/C"]:
+def local_positions(cu_seqlens: Int[Tensor, " _"], rank: int, size: int) -> Int[Tensor, " U"]:
     """The packed position (int64, ascending within each sequence) of each token that a rank holds.
 
     Args:
-        cu_seqlens: of the whole sequences.
+        cu_seqlens: [S + 1], of the whole sequences.
 
     Raises:
         ValueError: a sequence's length is not a multiple of 2 * size.
@@ -46,7 +46,7 @@ def local_positions(cu_seqlens: Int[Tensor, " S+1"], rank: int, size: int) -> In
     return starts_S[sequence_index] + skipped + offset
 
 
-def sequence_order(cu_seqlens: Int[Tensor, " S+1"], size: int) -> Int[Tensor, " T"]:
+def sequence_order(cu_seqlens: Int[Tensor, " _"], size: int) -> Int[Tensor, " T"]:
     """For each packed position, where its token stands among all ranks' tokens in rank order."""
     positions = torch.cat([local_positions(cu_seqlens, rank, size) for rank in range(size)])
     order_T = torch.empty_like(positions)
@@ -72,12 +72,12 @@ def split_context_parallel(micro_batch: MicroBatch, rank: int, size: int) -> Mic
 
 
 def merge_context_parallel(
-    pieces: Sequence[Shaped[Tensor, "T/C *rest"]], cu_seqlens: Int[Tensor, " S+1"]
+    pieces: Sequence[Shaped[Tensor, "U *rest"]], cu_seqlens: Int[Tensor, " _"]
 ) -> Shaped[Tensor, "T *rest"]:
     """Values per token of all ranks, in rank order -> per packed position; the inverse of the split.
 
     Args:
-        cu_seqlens: of the whole sequences, as every rank's micro-batch has it; `packing.unpack` then
+        cu_seqlens: [S + 1], of the whole sequences, as every rank's micro-batch has it; `packing.unpack` then
             takes the result together with any of them.
     """
     if len(pieces) == 1:
