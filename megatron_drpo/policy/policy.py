@@ -182,7 +182,8 @@ class Policy:
     # ----------------------------------------------------------------------------------------- scores
 
     def compute_logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """[T] logprobs of every micro-batch under the current weights; empty before the last stage."""
+        """[T] logprobs of this rank's tokens of every micro-batch under the current weights; empty before the
+        last stage."""
         for chunk in self.chunks:
             chunk.eval()
         return self._score(self.chunks, micro_batches)
