@@ -18,8 +18,11 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_BLOCK_ROWS = 16384
+"""Rows of the weight per matrix product on CPUs: BLAS libraries may add up the products of a short chunk one
+by one, and 151936 of them in fp32 lose two more digits."""
 _CAST_BYTES = 32 * 2**20
-"""Of a 16-bit weight's block in fp32."""
+"""Of a 16-bit weight's block, cast up."""
 _MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
 """torch.mm(..., out_dtype=) on CUDA, from 2.8 on: https://github.com/pytorch/pytorch/pull/150812"""
 
@@ -86,12 +89,12 @@ class VocabularyShard:
         return grad_CH
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(ids, their rows as operands); everything at once where nothing is cast."""
-        rows = self.num_ids
+        """(ids, their rows as operands)."""
+        rows = max(1, self.num_ids) if self._ids_VH.is_cuda else _BLOCK_ROWS
         if self._ids_VH.dtype is not self.operand_dtype:
-            rows = _CAST_BYTES // (self.operand_dtype.itemsize * self._ids_VH.shape[1])
-        for start in range(0, self.num_ids, max(1, rows)):
-            ids = slice(start, min(start + max(1, rows), self.num_ids))
+            rows = min(rows, max(1, _CAST_BYTES // (self.operand_dtype.itemsize * self._ids_VH.shape[1])))
+        for start in range(0, self.num_ids, rows):
+            ids = slice(start, min(start + rows, self.num_ids))
             yield ids, self._ids_VH[ids].to(self.operand_dtype)
 
     def all_gather(self, statistics_CS: Tensor) -> Tensor:
