@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _BLOCK_ROWS = 16384
-"""Rows of the weight per matrix product on CPUs: BLAS libraries may add up the products of a short chunk one
-by one, and 151936 of them in fp32 lose two more digits."""
+"""Rows of the weight per matrix product on CPUs. For a chunk of few rows BLAS may add up products one by
+one; 151936 of them in fp32 lose two digits, ten sums of 16384 do not."""
 _CAST_BYTES = 32 * 2**20
 """Of a 16-bit weight's block, cast up."""
 _MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
@@ -84,8 +84,10 @@ class VocabularyShard:
         """grad_logits weight: this shard's contribution, [C, H] in the accumulation dtype."""
         hidden_size = self._ids_VH.shape[1]
         grad_CH = grad_logits_CV.new_zeros(len(grad_logits_CV), hidden_size, dtype=self.dtype)
+        partial_CH = torch.empty_like(grad_CH)
         for ids, weight_BH in self._blocks():
-            add_product_(grad_CH, grad_logits_CV[:, ids], weight_BH)
+            add_product_(partial_CH, grad_logits_CV[:, ids], weight_BH, beta=0)
+            grad_CH += partial_CH
         return grad_CH
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:

@@ -185,7 +185,7 @@ def test_error_is_small_and_flat_in_the_number_of_chunks(
         assert actual.grad_hidden_TH.dtype is actual.grad_weight_VH.dtype is dtype
         _assert_close(actual, expected, 1e-5, gradients)
         errors.append(_relative(actual.grad_weight_VH, expected.grad_weight_VH))
-    assert max(errors) <= 1.5 * min(errors)
+    assert max(errors) <= 1.5 * errors[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
