@@ -246,9 +246,7 @@ def test_a_frozen_side_gets_no_gradient_and_each_output_may_be_used_alone() -> N
 
     free = case.hidden_TH.clone().requires_grad_()
     temperature = torch.as_tensor(case.rows.temperature)
-    log_probs = torch.log_softmax(
-        free[case.rows.rows_N] @ case.weight_VH[:50].t() / temperature[:, None], -1
-    )
+    log_probs = torch.log_softmax(free[case.rows.rows_N] @ case.weight_VH[:50].t() / temperature[:, None], -1)
     own = log_probs.gather(1, case.rows.labels_N[:, None]).sum()
     (expected,) = torch.autograd.grad(own, free, retain_graph=True)
     torch.testing.assert_close(grad_logprobs, expected, rtol=1e-12, atol=1e-12)
@@ -413,9 +411,7 @@ def _argmax_on_rank() -> list[int]:
     weight = torch.zeros(8, 2, dtype=torch.float64)
     weight[[3, 5, 6]] = 1.0
     rows = LogprobRows(rows_N=torch.arange(2), labels_N=torch.tensor([0, 7]), temperature=1.0)
-    settings = LogprobSettings(
-        vocab_size=8, group=dist.group.WORLD, buffer_bytes=1024, kernels=TorchRows()
-    )
+    settings = LogprobSettings(vocab_size=8, group=dist.group.WORLD, buffer_bytes=1024, kernels=TorchRows())
     hidden = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
     local = weight.chunk(2)[dist.get_rank()]
     return vocab_parallel_logprobs(hidden, local, rows, settings).argmax_N.tolist()
