@@ -13,6 +13,7 @@ from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.experience import Evaluator, Experience, ExperienceSource, PromptShare, SampleStatistics
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
@@ -21,7 +22,7 @@ from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.weight_sync.push import WeightPusher
 
-Metrics = dict[str, float | list[float]]
+Metrics = dict[str, float | str | list[float]]
 
 
 class Trainer:
@@ -58,6 +59,7 @@ class Trainer:
         self.progress = progress
         self.state = RunState()
         self.timer = StepTimer()
+        self.alarm = TrustRegionAlarm()
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
 
@@ -187,6 +189,8 @@ class Trainer:
             self.writer.write(step, metrics)
         if self.progress is not None:
             self.progress.step(step, metrics)
+            if "alarm" in metrics:
+                self.progress.message(f"warning: {metrics['alarm']}")
 
     def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
         total = self._sum(statistics)
@@ -230,4 +234,8 @@ class Trainer:
         details = summarise(diagnostics)
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}
+        if self.policy.objective.loss.has_trust_region:
+            alarm = self.alarm.update(diagnostics.num_tokens, diagnostics.num_outside)
+            if alarm is not None:
+                metrics["alarm"] = alarm
         return metrics | details
