@@ -152,7 +152,7 @@ def _replica_group(timeout: timedelta) -> dist.ProcessGroup:
     # Every rank takes part in making every group, in the same order.
     members = [[rank for rank, of in enumerate(replicas) if of == replica] for replica in sorted({*replicas})]
     group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
-    return group
+    return cast(dist.ProcessGroup, group)
 
 
 def _initialise_process_group(
