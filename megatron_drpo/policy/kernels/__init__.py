@@ -1,0 +1,1 @@
+"""What reads and writes a chunk of logits: one interface, one module per backend."""
