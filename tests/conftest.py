@@ -190,7 +190,7 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def _save_model(name: str, path: Path) -> None:
     model_type, fields = _MODELS[name]
     experts = _EXPERTS if model_type == "qwen3_moe" else {}
-    config = transformers.AutoConfig.for_model(model_type, **_SHAPE, **experts, **fields)
+    config = transformers.AutoConfig.for_model(model_type, **{**_SHAPE, **experts, **fields})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
