@@ -166,6 +166,7 @@ _MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "dense": ("qwen3", {}),
     "dense_tied": ("qwen3", {"tie_word_embeddings": True}),
     "moe": ("qwen3_moe", {"norm_topk_prob": False}),
+    "moe_perturbed": ("qwen3_moe", {"norm_topk_prob": False, "initializer_range": 0.15}),
     "moe_renormalised": ("qwen3_moe", {"norm_topk_prob": True}),
     "moe_bf16": ("qwen3_moe", {"norm_topk_prob": True}),
     "moe_mixed": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
