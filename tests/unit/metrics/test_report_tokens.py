@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron_drpo.metrics.report_tokens import average_buckets, draw_buckets, s
 from megatron_drpo.metrics.writer import W_HISTOGRAM, w_bounds
 
 
-def record(num_tokens: float, share: list[float], outside: list[float | None]) -> dict[str, Any]:
+def record(num_tokens: float, share: Sequence[float], outside: Sequence[float | None]) -> dict[str, Any]:
     return {
         W_HISTOGRAM: [num_tokens - 1, 1],
         "mu_bucket/token_share": share,

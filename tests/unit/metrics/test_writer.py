@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -170,7 +171,7 @@ def test_tensorboard_has_the_chosen_buckets_as_scalars(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     labels = ("0.0001", "0.001", "0.01", "0.1", "0.5", "0.9", "1")
-    assert sorted(events.Tags()["scalars"]) == sorted(
+    assert sorted(cast(list[str], events.Tags()["scalars"])) == sorted(
         f"{name}/up_to_{label}" for name in BUCKET_SCALARS for label in labels
     )
     for label, value in zip(labels, values, strict=True):
