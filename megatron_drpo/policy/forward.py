@@ -210,7 +210,8 @@ class TrainForward:
         self, micro_batch: MicroBatch, hidden: torch.Tensor, model: PolicyModel
     ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchResult]:
         hidden_TH = last_hidden_states(hidden, sequence_parallel=self.settings.sequence_parallel)
-        rows = LossRows.of(micro_batch, self.settings.temperature, self.parallel.context_group)
+        context_group = self.parallel.context_group if self.parallel.context_size > 1 else None
+        rows = LossRows.of(micro_batch, self.settings.temperature, context_group)
         compute = self._one_pass if self.settings.one_pass else self._recompute
         total, output = compute(hidden_TH, model.output_weight(), rows)
         output = LogprobOutput(*(None if x is None else x.detach() for x in output))

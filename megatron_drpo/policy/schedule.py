@@ -35,7 +35,7 @@ def run_schedule(
         data_iterator=iterators if several else iterators[0],
         model=cast(Any, list(chunks) if several else chunks[0]),
         num_microbatches=len(micro_batches),
-        seq_length=max(micro_batch.num_tokens for micro_batch in micro_batches),
+        seq_length=max(int(micro_batch.cu_seqlens[-1]) for micro_batch in micro_batches),
         micro_batch_size=1,
         **kwargs,
     )
