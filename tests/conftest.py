@@ -32,6 +32,8 @@ from megatron_drpo.upstream_warnings import EXPECTED, ignore_expected_warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if not torch.cuda.is_available():  # read when triton is first imported, which Megatron does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ignore_expected_warnings()  # also in every process a test starts
 transformers.utils.logging.disable_progress_bar()
