@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_drpo.checkpoint import check_checkpoint
-from megatron_drpo.config import Config, Mode
+from megatron_drpo.config import Advantage, Config, Mode, Overlong
 from megatron_drpo.data.jsonl import check_prompt_file
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
@@ -28,7 +28,8 @@ def check_config(config: Config) -> list[str]:
         problems.append(f"policy.model_path: {error}")
     problems += _check_data(config)
     if config.train.mode is Mode.rl:
-        problems += check_loss(config.algorithm.loss)
+        problems += _check_loss(config, architecture)
+        problems += _check_groups(config)
         problems += check_reward(config.reward)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
         problems.append(f"checkpoint.load_path={config.checkpoint.load_path}: no such folder")
@@ -47,7 +48,48 @@ def warn_config(config: Config) -> list[str]:
                 f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: tokens are "
                 "drawn from a truncated distribution, but rollout_logprobs are those of the full one"
             )
+        if config.algorithm.dynamic_sampling.enabled and config.algorithm.advantage is Advantage.uncentred:
+            warnings.append(
+                "algorithm.dynamic_sampling.enabled=True with algorithm.advantage=uncentred: groups of equal "
+                "rewards are dropped, though uncentred advantages would learn from them"
+            )
     return warnings
+
+
+def _check_loss(config: Config, architecture: ArchitectureConfig | None) -> list[str]:
+    problems = check_loss(config.algorithm.loss)
+    if problems or architecture is None:
+        return problems
+    num_topk = build_loss(config.algorithm.loss).num_topk
+    if num_topk > architecture.vocab_size:
+        return [
+            f"algorithm.loss.num_topk={num_topk}: must not exceed the model's vocab_size, "
+            f"{architecture.vocab_size}"
+        ]
+    return []
+
+
+def _check_groups(config: Config) -> list[str]:
+    """Of rewards and advantages within a group."""
+    problems = []
+    num_samples, advantage = config.rollout.num_samples_per_prompt, config.algorithm.advantage
+    if num_samples == 1 and config.algorithm.dynamic_sampling.enabled:
+        problems.append(
+            "algorithm.dynamic_sampling.enabled=True needs rollout.num_samples_per_prompt of at least 2: the "
+            "rewards of one sample are always equal, so every group would be dropped"
+        )
+    if num_samples == 1 and advantage is not Advantage.uncentred:
+        problems.append(
+            f"rollout.num_samples_per_prompt=1 with algorithm.advantage={advantage}: a sample that is its "
+            "own baseline has advantage 0, so nothing would be learned; take at least 2, or uncentred"
+        )
+    reward, limit = config.reward, config.rollout.max_response_tokens
+    if reward.overlong is Overlong.soft_penalty and reward.overlong_buffer_tokens > limit:
+        problems.append(
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens}: must not exceed "
+            f"rollout.max_response_tokens={limit}, or the shortest response is penalised"
+        )
+    return problems
 
 
 def _read_architecture(model_path: str) -> ArchitectureConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -44,8 +45,10 @@ class _Counts:
 
 
 def _split(sequences: list[TrainSequence], num_updates: int) -> list[list[TrainSequence]]:
-    share = len(sequences) // num_updates
-    return [sequences[update * share : (update + 1) * share] for update in range(num_updates)]
+    """Consecutive parts whose sizes differ by at most one, the first one not the smaller. Where there are
+    fewer sequences than updates, some updates have none."""
+    bounds = [-(-len(sequences) * update // num_updates) for update in range(num_updates + 1)]
+    return [sequences[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def _agree(config: Config, parallel: ParallelState, shares: list[list[TrainSequence]]) -> list[_Counts]:
@@ -80,5 +83,6 @@ def _pack_share(
         token_weights,
         max_tokens=config.policy.max_tokens_per_micro_batch,
         pad_to_multiple=policy.parallel.tensor_size,
-        num_micro_batches=policy.round_up_micro_batches(counts.micro_batches),
+        # The schedule needs one, also where no replica has a sequence.
+        num_micro_batches=policy.round_up_micro_batches(max(counts.micro_batches, 1)),
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from megatron_drpo.errors import DataError
@@ -130,7 +130,22 @@ def pack(
         max_seqlen=max(lengths),
         sequence_ids=[sequence.id for sequence in sequences],
         prompt_lengths=prompt_lengths,
+        **_pack_topk(sequences, predicts_response_T),
     )
+
+
+def _pack_topk(
+    sequences: Sequence[TrainSequence], predicts_response_T: Bool[Tensor, " T"]
+) -> dict[str, Tensor]:
+    """The top-k fields of a micro-batch; none where the sequences have none or there is no sequence."""
+    fields: dict[str, Tensor] = {}
+    for name in ("topk_ids", "topk_logprobs"):
+        parts = [part for sequence in sequences if (part := getattr(sequence, name)) is not None]
+        if parts:
+            values_TK = parts[0].new_zeros(len(predicts_response_T), parts[0].shape[1])
+            values_TK[predicts_response_T] = torch.cat(parts)
+            fields[f"{name}_TK"] = values_TK
+    return fields
 
 
 def dummy_micro_batch(pad_to_multiple: int) -> MicroBatch:
