@@ -75,8 +75,8 @@ def compute_gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip by the norm from `compute_gradient_norm`, then step: the second half of Megatron's `step`, so that a
-    gradient that is not finite never reaches the weights."""
+    """Clip by the norm from `compute_gradient_norm`, then step: the second half of Megatron's `step`, so that
+    a gradient that is not finite never reaches the weights."""
     clip_grad = optimizer.config.clip_grad
     for part in distributed_optimizers(optimizer):
         parameters = part.get_parameters()

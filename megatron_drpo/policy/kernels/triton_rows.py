@@ -131,8 +131,8 @@ def _statistics_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Every lane keeps an online softmax of the columns it meets: m the largest z, s the sum of
-    e = exp((z - m) / T), t the sum of e log e, and the block where z = m came first. A z takes one exponential,
-    whether or not it is a new maximum."""
+    e = exp((z - m) / T), t the sum of e log e, and the block where z = m came first. A z takes one
+    exponential, whether or not it is a new maximum."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)
