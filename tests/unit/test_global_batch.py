@@ -68,6 +68,33 @@ def test_each_update_takes_an_equal_share_in_order(
         assert total == pytest.approx(1.0, rel=1e-6)  # each update is normalised by itself
 
 
+@pytest.mark.parametrize(
+    ("num_sequences", "num_updates", "expected"),
+    [
+        (7, 3, [[0, 1, 2], [3, 4], [5, 6]]),
+        (5, 4, [[0, 1], [2], [3], [4]]),
+        (2, 3, [[0], [1], []]),
+        (1, 2, [[0], []]),
+        (0, 2, [[], []]),
+    ],
+)
+def test_fewer_sequences_than_planned_are_spread(
+    one_rank: ParallelState,
+    make_sequences: Callable[..., list[TrainSequence]],
+    num_sequences: int,
+    num_updates: int,
+    expected: list[list[int]],
+) -> None:
+    """None is lost; an update without any has one micro-batch without loss."""
+    sequences = make_sequences([5, 9, 4, 12, 7, 8, 6][:num_sequences])
+    batches = batches_of(make_config(num_updates=num_updates), one_rank, sequences)
+    assert [sorted(id_ for m in batch for id_ in m.sequence_ids) for batch in batches] == expected
+    for batch, ids in zip(batches, expected, strict=True):
+        assert len(batch) >= 1
+        total = sum(m.token_weights_T.double().sum().item() for m in batch)
+        assert total == pytest.approx(1.0 if ids else 0.0, rel=1e-6)
+
+
 def test_the_schedule_gets_the_number_it_wants(
     one_rank: ParallelState, make_sequences: Callable[..., list[TrainSequence]]
 ) -> None:

@@ -109,6 +109,37 @@ def test_packed_fields_by_hand() -> None:
     assert (batch.max_seqlen, batch.sequence_ids, batch.prompt_lengths) == (4, [5, 3], [2, 1])
 
 
+def test_topk_is_where_the_prediction_is() -> None:
+    """Prompts of 2 and 1, responses of 2 and 3: the rows of the response tokens, and zeros elsewhere."""
+    sequences, weights = _sequences([(2, 2), (1, 3)])
+    for number, sequence in enumerate(sequences):
+        length = len(sequence) - sequence.prompt_length
+        sequence.topk_ids = torch.arange(1, 2 * length + 1).view(length, 2) + 10 * number
+        sequence.topk_logprobs = -sequence.topk_ids / 8
+    batch = pack(sequences, weights, pad_to_multiple=5)
+    assert batch.topk_ids_TK is not None
+    assert batch.topk_logprobs_TK is not None
+    zero = [0, 0]
+    assert batch.topk_ids_TK.tolist() == [
+        *(zero, [1, 2], [3, 4], zero),
+        *([11, 12], [13, 14], [15, 16], zero),
+        *(zero, zero),
+    ]
+    assert torch.equal(batch.topk_logprobs_TK, -batch.topk_ids_TK / 8)
+    assert (batch.topk_ids_TK.dtype, batch.topk_logprobs_TK.dtype) == (torch.int64, torch.float32)
+    one = unpack(batch.topk_ids_TK[:, 1], batch)[sequences[1].id]
+    assert one.tolist() == [12, 14, 16]
+    moved = to_device(batch, torch.device("meta"))
+    assert moved.topk_ids_TK is not None
+    assert moved.topk_ids_TK.device.type == "meta"
+
+
+def test_no_topk_where_the_sequences_have_none() -> None:
+    sequences, weights = _sequences([(2, 2), (1, 3)])
+    assert pack(sequences, weights, pad_to_multiple=5).topk_ids_TK is None
+    assert dummy_micro_batch(4).topk_logprobs_TK is None
+
+
 def test_no_padding_sequence_when_none_is_needed() -> None:
     sequences, weights = _sequences([(1, 3), (2, 2)])
     assert pack(sequences, weights, pad_to_multiple=4).cu_seqlens.tolist() == [0, 4, 8]
