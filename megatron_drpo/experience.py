@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_drpo.advantages import compute_advantages
 from megatron_drpo.config import Config
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare
 from megatron_drpo.dynamic_sampling import ScoredGroup, fill_share
 from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.metrics.rollout_dump import RolloutRecord, build_record
@@ -70,35 +70,6 @@ class ExperienceSource(Protocol):
     """Makes a step's training sequences from this replica's share of its prompts."""
 
     def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience: ...
-
-
-class PromptShare:
-    """Hands out this replica's prompts of each step: every data_size-th, so that the groups of an update are
-    the same set whatever the number of replicas (but for dynamic sampling, which fills each replica's share
-    from its own prompts)."""
-
-    def __init__(self, source: PromptSource, num_prompts: int, rank: int, size: int) -> None:
-        self.source = source
-        self.num_prompts = num_prompts // size
-        """Of this replica in one step."""
-        self._rank = rank
-        self._size = size
-        self._handed_out: list[int] = []
-
-    def next(self, num_prompts: int | None = None) -> list[Prompt]:
-        """The next prompts of this replica; as many for each of the others.
-
-        Args:
-            num_prompts: equal on all replicas, which keeps their cursors equal; a step's share if not given.
-        """
-        prompts = self.source.next_batch((num_prompts or self.num_prompts) * self._size)
-        self._handed_out += [prompt.id for prompt in prompts]
-        return prompts[self._rank :: self._size]
-
-    def mark_consumed(self) -> None:
-        """The step is done: its prompts count."""
-        self.source.mark_consumed(self._handed_out)
-        self._handed_out = []
 
 
 class DemonstrationExperience:

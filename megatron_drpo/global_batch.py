@@ -10,8 +10,10 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import Config
+from megatron_drpo.config import Config, Mode
+from megatron_drpo.context_parallel import split_context_parallel
 from megatron_drpo.losses.aggregation import compute_token_weights, count_loss
+from megatron_drpo.losses.registry import build_loss
 from megatron_drpo.packing import pack_global_batch, plan_micro_batches
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
@@ -21,7 +23,9 @@ from megatron_drpo.types import MicroBatch, TrainSequence
 def iter_global_batches(
     config: Config, policy: Policy, sequences: list[TrainSequence]
 ) -> Iterator[list[MicroBatch]]:
-    """The micro-batches of each update on this rank. Collective over all ranks.
+    """The micro-batches of each update on this rank, its tokens only under context parallelism.
+
+    Collective over all ranks.
 
     Args:
         sequences: the replica's share of the step, on its leader; ignored elsewhere.
@@ -31,7 +35,8 @@ def iter_global_batches(
     counts = _agree(config, parallel, shares) if parallel.is_leader else []
     for update, share in enumerate(shares):
         packed = _pack_share(config, policy, share, counts[update]) if parallel.is_leader else None
-        yield cast(list[MicroBatch], parallel.broadcast_from_leader(packed))
+        whole = cast(list[MicroBatch], parallel.broadcast_from_leader(packed))
+        yield [split_context_parallel(m, parallel.context_rank, parallel.context_size) for m in whole]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,12 @@ def _split(sequences: list[TrainSequence], num_updates: int) -> list[list[TrainS
 def _agree(config: Config, parallel: ParallelState, shares: list[list[TrainSequence]]) -> list[_Counts]:
     """The counts of every update of the step, in one exchange between the replicas' leaders."""
     max_tokens = config.policy.max_tokens_per_micro_batch
+    plans = [
+        plan_micro_batches([len(sequence) for sequence in share], max_tokens, parallel.pad_sequences_to)
+        for share in shares
+    ]
     local = torch.tensor(
-        [
-            [*count_loss(share), len(plan_micro_batches([len(sequence) for sequence in share], max_tokens))]
-            for share in shares
-        ],
+        [[*count_loss(share), len(plan)] for share, plan in zip(shares, plans, strict=True)],
         device=parallel.device,
     )
     gathered = [torch.empty_like(local) for _ in range(parallel.data_size)]
@@ -82,7 +88,9 @@ def _pack_share(
         sequences,
         token_weights,
         max_tokens=config.policy.max_tokens_per_micro_batch,
-        pad_to_multiple=policy.parallel.tensor_size,
+        pad_to_multiple=policy.parallel.pad_to_multiple,
+        pad_sequences_to=policy.parallel.pad_sequences_to,
+        num_topk=0 if config.train.mode is Mode.sft else build_loss(config.algorithm.loss).num_topk,
         # The schedule needs one, also where no replica has a sequence.
         num_micro_batches=policy.round_up_micro_batches(max(counts.micro_batches, 1)),
     )

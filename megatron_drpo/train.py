@@ -15,14 +15,13 @@ from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.config import Config, Mode, RolloutConfig, RolloutEngineName
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
-from megatron_drpo.errors import ConfigError, DrpoError
+from megatron_drpo.errors import ConfigError, DrpoError, NumericsError
 from megatron_drpo.experience import (
     DemonstrationExperience,
     Evaluator,
     ExperienceSource,
-    PromptShare,
     RolloutExperience,
 )
 from megatron_drpo.lifetime import SUPERVISOR_PID, die_with_parent
@@ -158,6 +157,7 @@ def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
     parallel = config.parallel
     sizes = {
         "TP": parallel.tensor_parallel_size,
+        "CP": parallel.context_parallel_size,
         "PP": parallel.pipeline_parallel_size,
         "VPP": parallel.virtual_pipeline_parallel_size,
         "EP": parallel.expert_parallel_size,
@@ -203,7 +203,7 @@ def main() -> None:
         run(config)
     except DrpoError as error:
         rank = RankInfo.from_environment().rank
-        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same in the configuration
+        if rank == 0 or not isinstance(error, ConfigError | NumericsError):  # those are every rank's
             print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
         # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
         os._exit(1)

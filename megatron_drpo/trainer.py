@@ -11,24 +11,28 @@ import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, Mode
+from megatron_drpo.data.source import PromptShare
+from megatron_drpo.errors import NumericsError
 from megatron_drpo.experience import (
     MAXIMA,
     Evaluator,
     Experience,
     ExperienceSource,
-    PromptShare,
     SampleStatistics,
 )
+from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
+from megatron_drpo.types import MicroBatch
 from megatron_drpo.weight_sync.push import WeightPusher
 
-Metrics = dict[str, float | list[float]]
+Metrics = dict[str, float | str | list[float]]
 
 
 class Trainer:
@@ -65,6 +69,7 @@ class Trainer:
         self.progress = progress
         self.state = RunState()
         self.timer = StepTimer()
+        self.alarm = TrustRegionAlarm()
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
 
@@ -96,10 +101,10 @@ class Trainer:
         self._phase("rollout" if self.config.train.mode is Mode.rl else "data")
         experience = self._collect(step)
         self._phase("update")
-        updates = [
-            self.policy.train_step(micro_batches, self.timer)
-            for micro_batches in iter_global_batches(self.config, self.policy, experience.sequences)
-        ]
+        batches = list(iter_global_batches(self.config, self.policy, experience.sequences))
+        with self.timer.phase("logprobs"):
+            batches = self.policy.add_logprobs(batches)
+        updates = [self._update(micro_batches) for micro_batches in batches]
         self.state.policy_version += 1
         self._publish_weights()
         if self.share is not None:
@@ -107,6 +112,13 @@ class Trainer:
         if self.policy.parallel.is_main and experience.records:
             write_rollouts(self.config.run_dir, step + 1, experience.records)
         return self._sample_metrics(experience.statistics) | self._update_metrics(updates)
+
+    def _update(self, micro_batches: list[MicroBatch]) -> UpdateResult:
+        try:
+            return self.policy.train_step(micro_batches, self.timer)
+        except NumericsError as error:
+            folder = save_failure(self.config, self.policy, self.state, micro_batches, error)
+            raise NumericsError(f"{error}. No weight was changed; {folder} reproduces it") from error
 
     def _collect(self, step: int) -> Experience:
         experience = Experience(sequences=[], statistics=SampleStatistics())
@@ -194,6 +206,8 @@ class Trainer:
             self.writer.write(step, metrics)
         if self.progress is not None:
             self.progress.step(step, metrics)
+            if "alarm" in metrics:
+                self.progress.message(f"warning: {metrics['alarm']}")
 
     def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
         total = self._sum(statistics)
@@ -241,4 +255,8 @@ class Trainer:
         details = summarise(diagnostics)
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}
+        if self.policy.objective.loss.has_trust_region:
+            alarm = self.alarm.update(diagnostics.num_tokens, diagnostics.num_outside)
+            if alarm is not None:
+                metrics["alarm"] = alarm
         return metrics | details

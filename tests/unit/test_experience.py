@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,14 +22,13 @@ from megatron_drpo.config import (
     RewardConfig,
     RolloutConfig,
 )
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.experience import (
     EVAL_SEED_STEP,
     DemonstrationExperience,
     Evaluator,
     Experience,
-    PromptShare,
     RolloutExperience,
     SampleStatistics,
 )
@@ -47,8 +43,7 @@ PROMPTS = [
 
 
 class Engine:
-    """Sample i of prompt p has p + i + 1 tokens; the last sample of a group is cut off by the limit. Round and
-    step are not seen in the tokens, but in the calls."""
+    """Sample i of prompt p has p + i + 1 tokens; the last sample of a group is cut off by the limit."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -109,30 +104,6 @@ def make_experience(
         **{"vocab_size": 100, "num_topk": 0} | alone | arguments,
     )
     return experience, engine
-
-
-# -------------------------------------------------------------------------------------------- shares
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_replicas_share_the_prompts_of_a_step(size: int) -> None:
-    """Together the same prompts whatever the number of replicas; none twice."""
-    shares = [make_share(4, rank, size) for rank in range(size)]
-    for expected in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]):
-        parts = [[prompt.id for prompt in share.next()] for share in shares]
-        assert {len(part) for part in parts} == {4 // size}
-        assert sorted(id_ for part in parts for id_ in part) == expected
-
-
-def test_prompts_count_when_the_step_is_done() -> None:
-    """On every replica all prompts of the step are marked, its own or not."""
-    share = make_share(4, rank=1, size=2)
-    share.next()
-    assert share.source.num_consumed == 0
-    share.mark_consumed()
-    assert share.source.num_consumed == 4
-    share.mark_consumed()
-    assert share.source.num_consumed == 4
 
 
 # -------------------------------------------------------------------------------------------- rollouts
@@ -232,14 +203,14 @@ def test_only_some_rollouts_are_kept_for_reading() -> None:
 
 
 def test_reinforce_plus_plus_over_two_replicas() -> None:
-    """Each replica's prompt alone, and the moments of both: lengths 1, 2 and 2, 3, centred rewards -1/2, 1/2."""
+    """Each replica's own prompt and the moments of both: lengths 1, 2 and 2, 3, centred rewards -1/2, 1/2."""
     config = make_config(algorithm=AlgorithmConfig(advantage=Advantage.reinforce_plus_plus))
     mean = (-0.5 * 1 + 0.5 * 2 - 0.5 * 2 + 0.5 * 3) / 8
     std = (0.25 - mean**2) ** 0.5
     for rank in range(2):
         share = make_share(2, rank, 2)
         other = torch.tensor([3.0, 0.5, 0.75] if rank else [5.0, 0.5, 1.25], dtype=torch.float64)
-        experience, _ = make_experience(config, share, sum_over_replicas=lambda own, other=other: own + other)
+        experience, _ = make_experience(config, share, sum_over_replicas=other.add)
         result = experience.collect(0, policy_version=0, timer=StepTimer())
         advantages = [sequence.advantages[0].item() for sequence in result.sequences]
         assert advantages == pytest.approx([(-0.5 - mean) / std, (0.5 - mean) / std], rel=1e-6)
@@ -331,97 +302,26 @@ def test_dropped_groups_are_refilled_on_one_replica() -> None:
     assert share.source.num_consumed == 8
 
 
-def run_replicas(
-    collect: Callable[[int, Callable[[int], int]], Experience], num_replicas: int
-) -> list[Experience]:
-    """`collect(rank, agree)` in one thread each; agree waits for all and gives the maximum."""
-    barrier = threading.Barrier(num_replicas, timeout=10)
-    values = [0] * num_replicas
+def test_a_replica_without_any_group_takes_part_in_the_sum() -> None:
+    """All of its prompts are constant; the other replica, which has one, would wait for it."""
+    sums: list[list[float]] = []
 
-    def run(rank: int) -> Experience:
-        def agree(value: int) -> int:
-            values[rank] = value
-            barrier.wait()
-            largest = max(values)
-            barrier.wait()
-            return largest
+    def collective(values: torch.Tensor) -> torch.Tensor:
+        sums.append(values.tolist())
+        return values
 
-        return collect(rank, agree)
-
-    with ThreadPoolExecutor(num_replicas) as pool:
-        return list(pool.map(run, range(num_replicas)))
-
-
-def test_two_replicas_draw_in_lockstep_and_resume_at_the_same_prompt() -> None:
-    """Replica 0 has 0, 2, 4, 6 and loses 0 and 2; replica 1 has 1, 3, 5, 7 and keeps all it needs."""
-    shares = [make_share(4, rank, 2) for rank in range(2)]
-    engines: list[Engine] = []
-
-    def collect(rank: int, agree: Callable[[int], int]) -> Experience:
-        config = make_config(algorithm=DYNAMIC)
-        experience, engine = make_experience(config, shares[rank], rewards=SomeConstant(0, 2), agree=agree)
-        engines.append(engine)
-        return experience.collect(0, policy_version=0, timer=StepTimer())
-
-    first, second = run_replicas(collect, 2)
-    assert prompts_of(first) == [4, 6]
-    assert prompts_of(second) == [1, 3]
-    assert sorted(call["prompts"] for engine in engines for call in engine.calls) == [[0, 2], [1, 3], [4, 6]]
-    assert first.statistics.num_rounds == second.statistics.num_rounds == 2
-    for share in shares:
-        share.mark_consumed()
-        assert share.source.num_consumed == 8
-    assert shares[0].source.state_dict() == shares[1].source.state_dict()
-    resumed = make_share(4, 1, 2)
-    resumed.source.load_state_dict(shares[0].source.state_dict())
-    assert [prompt.id for prompt in resumed.next()] == [prompt.id for prompt in shares[1].next()] == [1, 3]
-
-
-def test_a_replica_may_end_with_fewer_groups_or_none() -> None:
-    """All of replica 0's prompts are constant; the other one goes on, and 0 takes part with nothing."""
-    sums: list[torch.Tensor] = []
-
-    def collect(rank: int, agree: Callable[[int], int]) -> Experience:
-        def collective(values: torch.Tensor) -> torch.Tensor:
-            sums.append(values)
-            return values
-
-        algorithm = replace(DYNAMIC, advantage=Advantage.reinforce_plus_plus)
-        rewards = SomeConstant(0, 2, 4, 6)
-        experience, _ = make_experience(
-            make_config(algorithm=algorithm),
-            make_share(4, rank, 2),
-            rewards=rewards,
-            agree=agree,
-            sum_over_replicas=collective,
-        )
-        return experience.collect(0, policy_version=0, timer=StepTimer())
-
-    first, second = run_replicas(collect, 2)
-    assert first.sequences == []
-    assert first.records == []
-    assert first.statistics.num_rounds == second.statistics.num_rounds == 3
-    assert prompts_of(second) == [1, 3]
-    assert len(sums) == 2, "each replica takes part in the sum once"
-
-
-def test_no_group_on_any_replica_is_an_error_on_all() -> None:
-    failures = []
-
-    def collect(rank: int, agree: Callable[[int], int]) -> Experience:
-        rewards = SomeConstant(*range(8))
-        config = make_config(algorithm=DYNAMIC)
-        experience, _ = make_experience(config, make_share(4, rank, 2), rewards=rewards, agree=agree)
-        with pytest.raises(
-            DataError, match="in 3 rounds all samples of a group had the same reward"
-        ) as caught:
-            experience.collect(0, policy_version=0, timer=StepTimer())
-        failures.append(str(caught.value))
-        return Experience(sequences=[], statistics=SampleStatistics())
-
-    run_replicas(collect, 2)
-    assert len(failures) == 2
-    assert "rollout.num_samples_per_prompt or algorithm.dynamic_sampling.max_rounds" in failures[0]
+    experience, engine = make_experience(
+        make_config(algorithm=replace(DYNAMIC, advantage=Advantage.reinforce_plus_plus)),
+        make_share(4, 0, 2),
+        rewards=SomeConstant(0, 2, 4, 6),
+        agree=lambda value: max(value, 1),
+        sum_over_replicas=collective,
+    )
+    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    assert [call["prompts"] for call in engine.calls] == [[0, 2], [4, 6], [0, 2]]
+    assert result.sequences == result.records == []
+    assert result.statistics.num_rounds == 3
+    assert sums == [[0.0, 0.0, 0.0]]
 
 
 def test_a_penalty_does_not_make_a_group_vary() -> None:
