@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_drpo.advantages import compute_advantages
 from megatron_drpo.config import Config
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare
+from megatron_drpo.dynamic_sampling import ScoredGroup, fill_share
 from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.metrics.rollout_dump import RolloutRecord, build_record
 from megatron_drpo.metrics.timing import StepTimer
@@ -44,11 +45,10 @@ class SampleStatistics:
     num_prompt_tokens: float = 0.0
     length_max: float = 0.0
     num_groups: float = 0.0
-    """With dynamic sampling only, as the next two."""
+    """Sampled, as the next two with dynamic sampling only."""
     num_groups_dropped: float = 0.0
     """Because their rewards were all equal."""
     num_rounds: float = 0.0
-    """The same on all replicas."""
 
 
 MAXIMA = ("length_max", "num_rounds")
@@ -70,35 +70,6 @@ class ExperienceSource(Protocol):
     """Makes a step's training sequences from this replica's share of its prompts."""
 
     def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience: ...
-
-
-class PromptShare:
-    """Hands out this replica's prompts of each step: every data_size-th, so that the groups of an update are
-    the same set whatever the number of replicas (but for dynamic sampling, which fills each replica's share
-    from its own prompts)."""
-
-    def __init__(self, source: PromptSource, num_prompts: int, rank: int, size: int) -> None:
-        self.source = source
-        self.num_prompts = num_prompts // size
-        """Of this replica in one step."""
-        self._rank = rank
-        self._size = size
-        self._handed_out: list[int] = []
-
-    def next(self, num_prompts: int | None = None) -> list[Prompt]:
-        """The next prompts of this replica; as many for each of the others.
-
-        Args:
-            num_prompts: equal on all replicas, which keeps their cursors equal; a step's share if not given.
-        """
-        prompts = self.source.next_batch((num_prompts or self.num_prompts) * self._size)
-        self._handed_out += [prompt.id for prompt in prompts]
-        return prompts[self._rank :: self._size]
-
-    def mark_consumed(self) -> None:
-        """The step is done: its prompts count."""
-        self.source.mark_consumed(self._handed_out)
-        self._handed_out = []
 
 
 class DemonstrationExperience:
@@ -146,18 +117,6 @@ class DemonstrationExperience:
                     )
 
 
-@dataclass(frozen=True, slots=True)
-class _ScoredGroup:
-    group: RolloutGroup
-    rewards: list[float]
-    """Unshaped, one per rollout."""
-
-    @property
-    def is_constant(self) -> bool:
-        """All rewards are equal: which sample is better is not known."""
-        return len(set(self.rewards)) == 1
-
-
 class RolloutExperience:
     """train.mode=rl: sample G responses per prompt, score them, give them advantages."""
 
@@ -196,7 +155,7 @@ class RolloutExperience:
         """
         statistics = SampleStatistics()
 
-        def sample(prompts: list[Prompt], round_index: int) -> list[_ScoredGroup]:
+        def sample(prompts: list[Prompt], round_index: int) -> list[ScoredGroup]:
             with timer.phase("rollout"):
                 groups = self._engine.generate(
                     prompts,
@@ -208,54 +167,24 @@ class RolloutExperience:
             with timer.phase("reward"):
                 return self._score(groups, step, statistics)
 
-        if self._config.algorithm.dynamic_sampling.enabled:
-            scored = self._collect_varied(sample, statistics)
-        else:
-            scored = sample(self._share.next(), 0)
-        return self._build(scored, statistics)
-
-    def _collect_varied(
-        self, sample: Callable[[list[Prompt], int], list[_ScoredGroup]], statistics: SampleStatistics
-    ) -> list[_ScoredGroup]:
-        """This replica's share of groups whose rewards differ, refilled round by round (DAPO's dynamic
-        sampling, arXiv 2503.14476, Eq. 11).
-
-        A round asks for as many prompts as it takes at the rate at which groups were kept so far, for a
-        step's share at most; the replica that needs most decides for all, so that their cursors stay equal.
-        One whose share is full draws its prompts, too, but samples nothing. Every prompt drawn counts as
-        consumed. Groups over the share are cut in prompt order.
-
-        Raises:
-            DataError: no replica has a single group after `max_rounds`.
-        """
-        target, max_rounds = self._share.num_prompts, self._config.algorithm.dynamic_sampling.max_rounds
-        kept: list[_ScoredGroup] = []
-        for round_index in range(max_rounds):
-            missing = max(target - len(kept), 0)
-            wanted = math.ceil(missing * statistics.num_groups / len(kept)) if kept else target
-            num_prompts = self._agree(min(wanted, target))
-            if num_prompts == 0:
-                break
-            statistics.num_rounds += 1
-            prompts = self._share.next(num_prompts)
-            scored = sample(prompts, round_index) if missing else []
-            varied = [group for group in scored if not group.is_constant]
-            statistics.num_groups += len(scored)
-            statistics.num_groups_dropped += len(scored) - len(varied)
-            kept += varied
-        if self._agree(len(kept)) == 0:
-            raise DataError(
-                f"algorithm.dynamic_sampling: in {max_rounds} rounds every group had the same reward for all "
-                f"of its {self._config.rollout.num_samples_per_prompt} samples: nothing can be learned from "
-                f"them. Check that reward.name={self._config.reward.name} fits the prompts' answers, take "
-                "easier or harder prompts, or raise rollout.num_samples_per_prompt or "
-                "algorithm.dynamic_sampling.max_rounds"
-            )
-        return kept[:target]
+        dynamic = self._config.algorithm.dynamic_sampling
+        if not dynamic.enabled:
+            return self._build(sample(self._share.next(), 0), statistics)
+        filled = fill_share(
+            self._share.num_prompts,
+            dynamic.max_rounds,
+            draw=self._share.next,
+            sample=sample,
+            agree=self._agree,
+        )
+        statistics.num_groups = filled.num_sampled
+        statistics.num_groups_dropped = filled.num_dropped
+        statistics.num_rounds = filled.num_rounds
+        return self._build(filled.groups, statistics)
 
     def _score(
         self, groups: Sequence[RolloutGroup], step: int, statistics: SampleStatistics
-    ) -> list[_ScoredGroup]:
+    ) -> list[ScoredGroup]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = self._rewards.score(rollouts)
         if self._config.reward.shuffle:
@@ -269,9 +198,9 @@ class RolloutExperience:
             truncated = rollout.finish_reason is not FinishReason.stop
             _count(statistics, rollout.prompt, len(rollout.response_ids), reward=reward, truncated=truncated)
         rest = iter(rewards)
-        return [_ScoredGroup(group, [next(rest) for _ in group.rollouts]) for group in groups]
+        return [ScoredGroup(group, [next(rest) for _ in group.rollouts]) for group in groups]
 
-    def _build(self, scored: list[_ScoredGroup], statistics: SampleStatistics) -> Experience:
+    def _build(self, scored: list[ScoredGroup], statistics: SampleStatistics) -> Experience:
         rollouts = [rollout for item in scored for rollout in item.group.rollouts]
         rewards = [reward for item in scored for reward in item.rewards]
         overlong = compute_overlong(rollouts, self._config.reward, self._config.rollout.max_response_tokens)

@@ -62,7 +62,6 @@ def build_sequences(
     if num_topk:
         topk = zip(*map(tokens.split, tokens.topk(num_topk, vocab_size)), strict=True)
     columns = zip(
-        rollouts,
         token_ids.split(lengths),
         tokens.split(tokens.spread(advantages.float())),
         tokens.split(tokens.logprobs()),
@@ -74,17 +73,15 @@ def build_sequences(
         TrainSequence(
             id=number,
             token_ids=ids_L,
-            prompt_length=len(rollout.prompt.token_ids),
+            prompt_length=len(rollouts[number].prompt.token_ids),
             advantages=advantages_R,
             rollout_logprobs=logprobs_R,
             loss_mask=mask_R,
-            topk_ids=topk_ids_RK,
-            topk_logprobs=topk_logprobs_RK,
+            topk_ids=topk_R[0],
+            topk_logprobs=topk_R[1],
         )
-        for number, (rollout, ids_L, advantages_R, logprobs_R, mask_R, (topk_ids_RK, topk_logprobs_RK)) in (
-            enumerate(columns)
-        )
-        if rollout.response_ids
+        for number, (ids_L, advantages_R, logprobs_R, mask_R, topk_R) in enumerate(columns)
+        if len(mask_R) > 0
     ]
 
 

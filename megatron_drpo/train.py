@@ -15,14 +15,13 @@ from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.config import Config, Mode, RolloutConfig, RolloutEngineName
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
 from megatron_drpo.errors import ConfigError, DrpoError, NumericsError
 from megatron_drpo.experience import (
     DemonstrationExperience,
     Evaluator,
     ExperienceSource,
-    PromptShare,
     RolloutExperience,
 )
 from megatron_drpo.lifetime import SUPERVISOR_PID, die_with_parent

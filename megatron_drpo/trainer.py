@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, Mode
+from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
 from megatron_drpo.experience import (
     MAXIMA,
     Evaluator,
     Experience,
     ExperienceSource,
-    PromptShare,
     SampleStatistics,
 )
 from megatron_drpo.failure import save_failure

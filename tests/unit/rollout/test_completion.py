@@ -26,8 +26,9 @@ GOOD: dict[str, Any] = {
 }
 
 
-def parse(response: Any) -> Completion:
-    return parse_completion(response, newest_version=4, where="http://server/generate: request r")
+def parse(response: Any, num_topk: int = 0) -> Completion:
+    where = "http://server/generate: request r"
+    return parse_completion(response, newest_version=4, where=where, vocab_size=10, num_topk=num_topk)
 
 
 def test_a_good_response() -> None:

@@ -93,7 +93,7 @@ def test_logprobs_are_of_the_tempered_distribution_before_truncation() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 50) * 3
     params = [dataclasses.replace(BASE, temperature=t, top_p=0.6, top_k=5, seed=3) for t in (0.7, 1.0, 1.9)]
-    tokens, logprobs = SamplingBatch(params).sample(logits, [4, 5, 6])
+    tokens, logprobs, *_ = SamplingBatch(params).sample(logits, [4, 5, 6])
     temperatures = torch.tensor([[0.7], [1.0], [1.9]], dtype=torch.float64)
     reference = (logits.double() / temperatures).log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), reference[torch.arange(3), tokens], atol=2e-6, rtol=0)
@@ -102,7 +102,9 @@ def test_logprobs_are_of_the_tempered_distribution_before_truncation() -> None:
 def test_temperature_zero_is_greedy_with_logprobs_at_temperature_one() -> None:
     torch.manual_seed(1)
     logits = torch.randn(4, 30)
-    tokens, logprobs = SamplingBatch([dataclasses.replace(BASE, temperature=0.0)] * 4).sample(logits, [0] * 4)
+    tokens, logprobs, *_ = SamplingBatch([dataclasses.replace(BASE, temperature=0.0)] * 4).sample(
+        logits, [0] * 4
+    )
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
@@ -118,9 +120,9 @@ def test_a_sample_depends_on_no_neighbour() -> None:
         )
     ]
     counters = [3, 1, 4, 1, 5, 9]
-    together, logprobs = SamplingBatch(params).sample(logits, counters)
+    together, logprobs, *_ = SamplingBatch(params).sample(logits, counters)
     for i in (5, 3, 0, 2, 4, 1):
-        alone, logprob = SamplingBatch([params[i]]).sample(logits[i : i + 1], [counters[i]])
+        alone, logprob, *_ = SamplingBatch([params[i]]).sample(logits[i : i + 1], [counters[i]])
         assert alone.item() == together[i].item()
         assert logprob.item() == logprobs[i].item()
 
