@@ -160,9 +160,8 @@ def _statistics_kernel(
     total_e_log_e = tl.sum(e * (t + difference * s), 0)
     column = tl.min(tl.where(m == largest, block + lanes, num_ids), 0)
     is_empty = total == 0
+    largest = tl.where(is_empty, -float("inf"), tl.where(total > 0, largest * scale, total))  # a NaN shows
     total = tl.where(is_empty, 1.0, total)
-    largest = tl.where(total == total, largest * scale, total)  # NaN, where the total is
-    largest = tl.where(is_empty, -float("inf"), largest)
     log_total = tl.log(total)
 
     result += row * (5 + num_given)
@@ -170,7 +169,6 @@ def _statistics_kernel(
     tl.store(result + 1, log_total - total_e_log_e / total)
     tl.store(result + 3, largest)
     tl.store(result + 4, column + first_id)
-
     k = tl.arange(0, PICKED_BLOCK)  # 0: the label; from 1 on: the given ids
     label = tl.load(labels + row)
     mask = (k > 0) & (k <= num_given)
