@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_NUM_STATISTICS = 5
+from megatron_drpo.policy.kernels.base import NUM_STATISTICS
+
 _NUM_WARPS = 16
 _STATISTICS_BLOCK = 2048
 _GRADIENT_BLOCK = 4096
@@ -46,7 +47,7 @@ class TritonRows:
     ) -> Tensor:
         num_rows, num_ids = logits_CV.shape
         num_given = 0 if topk_ids_CK is None else topk_ids_CK.shape[1]
-        result = logits_CV.new_full((num_rows, _NUM_STATISTICS + num_given), -torch.inf)
+        result = logits_CV.new_full((num_rows, NUM_STATISTICS + num_given), -torch.inf)
         if num_ids == 0:
             result[:, [1, 4]] = 0.0
         elif num_rows:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_drpo.policy.kernels.base import RowKernels
+from megatron_drpo.policy.kernels.torch_rows import TorchRows
 from megatron_drpo.policy.kernels.triton_rows import INTERPRETED, TritonRows
 
 EPS = torch.finfo(torch.float32).eps
@@ -62,18 +64,23 @@ def make_rows(
     return Rows(*(tensor.to(device) for tensor in tensors), first_id)
 
 
-def statistics(rows: Rows, topk_ids_CK: Tensor | None = None) -> Tensor:
-    return TritonRows().statistics(
+def statistics(rows: Rows, topk_ids_CK: Tensor | None = None, kernels: RowKernels | None = None) -> Tensor:
+    return (kernels or TritonRows()).statistics(
         rows.logits_CV, rows.labels_C, rows.inverse_temperature_C, topk_ids_CK, first_id=rows.first_id
     )
 
 
 def grad_logits(
-    rows: Rows, *, entropy: bool, dtype: torch.dtype = torch.float32, whole: Rows | None = None
+    rows: Rows,
+    *,
+    entropy: bool,
+    dtype: torch.dtype = torch.float32,
+    whole: Rows | None = None,
+    kernels: RowKernels | None = None,
 ) -> Tensor:
     """In the logits' place, with the float64 log-sum-exp and entropy of `whole`, rounded to fp32."""
     logsumexp_C, entropy_C = reference_statistics(whole or rows)[:, :2].unbind(1)
-    return TritonRows().grad_logits_(
+    return (kernels or TritonRows()).grad_logits_(
         rows.logits_CV,
         rows.labels_C,
         rows.inverse_temperature_C,
@@ -302,6 +309,18 @@ def test_two_shards_make_the_whole_softmax(device: torch.device) -> None:
     torch.testing.assert_close(combined, expected, atol=1e-6, rtol=3 * EPS)
     grads = [grad_logits(shard, entropy=True, whole=whole) for shard in (left, right)]
     assert_grad_close(torch.cat(grads, 1), expected_grad_CV, scale)
+
+
+def test_equal_to_torch_rows(device: torch.device) -> None:
+    """Statistics to 1e-6 of the largest logit, gradients to 1e-6 of the largest gradient."""
+    rows = with_labels_here(make_rows(device, 5, 5000, first_id=70))
+    ids_CK = 70 + torch.arange(20, device=device).view(5, 4) * 300
+    expected = statistics(rows, ids_CK, TorchRows())
+    torch.testing.assert_close(statistics(rows, ids_CK), expected, atol=1e-6 * rows.scale, rtol=0.0)
+    copy = rows._replace(logits_CV=rows.logits_CV.clone())
+    expected_CV = grad_logits(copy, entropy=True, kernels=TorchRows())
+    atol = 1e-6 * expected_CV.abs().max().item()
+    torch.testing.assert_close(grad_logits(rows, entropy=True), expected_CV, atol=atol, rtol=0.0)
 
 
 def test_float64(device: torch.device) -> None:
