@@ -32,9 +32,7 @@ def build_sequences(
 ) -> list[TrainSequence]:
     """One training sequence per rollout; every response token gets its sample's advantage.
 
-    A response without tokens (an aborted request) becomes no sequence: there is nothing to train on. Ids are
-    positions among the rollouts.
-
+    A response without tokens (an aborted request) becomes no sequence. Ids are positions among the rollouts.
     Each field is one tensor, cut up: a tensor of its own per rollout and field would cost more than packing.
 
     Args:

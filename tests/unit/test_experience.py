@@ -91,10 +91,10 @@ def make_config(**sections: Any) -> Config:
 
 
 def make_experience(
-    config: Config, share: PromptShare, *, rewards: Any = None, **arguments: Any
+    config: Config, share: PromptShare, *, rewards: Any = None, engine: Any = None, **arguments: Any
 ) -> tuple[RolloutExperience, Engine]:
     """Of a single replica, unless `agree` and `sum_over_replicas` say otherwise."""
-    engine = Engine()
+    engine = engine or Engine()
     alone: dict[str, Any] = {"agree": lambda value: value, "sum_over_replicas": lambda values: values}
     experience = RolloutExperience(
         config,
@@ -248,12 +248,9 @@ def test_topk_goes_from_the_engine_into_the_sequences() -> None:
                 rollout.topk_logprobs = [[-0.7, -1.5 - p] for p in range(len(rollout.response_ids))]
             return groups
 
-    experience, _ = make_experience(make_config(), make_share(2), num_topk=2)
-    engine = WithTopk()
-    experience._engine = cast(RolloutEngine, engine)
-    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    experience, engine = make_experience(make_config(), make_share(2), engine=WithTopk(), num_topk=2)
+    sequence = experience.collect(0, policy_version=0, timer=StepTimer()).sequences[3]
     assert engine.calls[0]["num_topk"] == 2
-    sequence = result.sequences[3]
     assert sequence.topk_ids is not None
     assert sequence.topk_logprobs is not None
     assert sequence.topk_ids.tolist() == [[10, 3], [11, 3], [12, 3]]
@@ -295,9 +292,9 @@ def test_dropped_groups_are_refilled_on_one_replica() -> None:
     assert prompts_of(result) == [1, 2, 4, 6]
     assert [sequence.id for sequence in result.sequences] == list(range(8))
     assert [sequence.advantages[0].item() for sequence in result.sequences] == [-0.5, 0.5] * 4
-    statistics = result.statistics
-    assert (statistics.num_rounds, statistics.num_groups, statistics.num_groups_dropped) == (2, 8, 3)
-    assert statistics.num_samples == 16, "metrics are of all that was sampled"
+    counted = result.statistics
+    assert (counted.num_rounds, counted.num_groups, counted.num_groups_dropped) == (2, 8, 3)
+    assert counted.num_samples == 16, "metrics are of all that was sampled"
     share.mark_consumed()
     assert share.source.num_consumed == 8
 

@@ -99,6 +99,24 @@ def test_logprobs_are_of_the_tempered_distribution_before_truncation() -> None:
     torch.testing.assert_close(logprobs.double(), reference[torch.arange(3), tokens], atol=2e-6, rtol=0)
 
 
+def test_the_most_probable_ids_are_of_the_same_distribution() -> None:
+    """Tempered, before truncation; each row has as many as the largest number asked for."""
+    torch.manual_seed(3)
+    logits = torch.randn(3, 50) * 3
+    params = [
+        dataclasses.replace(BASE, temperature=t, top_p=0.6, top_k=2, num_topk=k)
+        for t, k in [(0.7, 0), (1.0, 7), (1.9, 3)]
+    ]
+    sampled = SamplingBatch(params).sample(logits, [0, 0, 0])
+    temperatures = torch.tensor([[0.7], [1.0], [1.9]], dtype=torch.float64)
+    reference = (logits.double() / temperatures).log_softmax(-1)
+    order = reference.argsort(-1, descending=True)[:, :7]
+    assert torch.equal(sampled.topk_ids_AK, order)
+    torch.testing.assert_close(
+        sampled.topk_logprobs_AK.double(), reference.gather(-1, order), atol=2e-6, rtol=0
+    )
+
+
 def test_temperature_zero_is_greedy_with_logprobs_at_temperature_one() -> None:
     torch.manual_seed(1)
     logits = torch.randn(4, 30)
