@@ -81,7 +81,9 @@ def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     for part in distributed_optimizers(optimizer):
         parameters = part.get_parameters()
         if parameters and clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                cast(list[torch.Tensor], parameters), max_norm=clip_grad, total_norm=grad_norm
+            )
     optimizer.step_with_ready_grads()
 
 

@@ -15,6 +15,8 @@ the process first imports triton, as tests/conftest.py sets it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from megatron_drpo.policy.kernels.base import NUM_STATISTICS
 
+_jit: Any = triton.jit  # untyped: a kernel's arguments are pointers inside and tensors outside
 _NUM_WARPS = 16
 _STATISTICS_BLOCK = 2048
 _GRADIENT_BLOCK = 4096
@@ -117,17 +120,17 @@ class TritonRows:
         return grad_CV
 
 
-@triton.jit
+@_jit
 def _statistics_kernel(
-    result: tl.tensor,
-    logits: tl.tensor,
-    labels: tl.tensor,
-    inverse_temperature: tl.tensor,
-    given_ids: tl.tensor,
-    row_stride: tl.tensor,
-    num_ids: tl.tensor,
-    first_id: tl.tensor,
-    num_given: tl.tensor,
+    result: Any,
+    logits: Any,
+    labels: Any,
+    inverse_temperature: Any,
+    given_ids: Any,
+    row_stride: Any,
+    num_ids: Any,
+    first_id: Any,
+    num_given: Any,
     PICKED_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -179,20 +182,20 @@ def _statistics_kernel(
     tl.store(result + tl.where(k == 0, 2, 4 + k), picked, mask=k <= num_given)
 
 
-@triton.jit
+@_jit
 def _grad_logits_kernel(
-    grad_logits: tl.tensor,
-    logits: tl.tensor,
-    labels: tl.tensor,
-    inverse_temperature: tl.tensor,
-    logsumexp: tl.tensor,
-    entropy: tl.tensor,
-    grad_logprobs: tl.tensor,
-    grad_entropy: tl.tensor,
-    row_stride: tl.tensor,
-    grad_row_stride: tl.tensor,
-    num_ids: tl.tensor,
-    first_id: tl.tensor,
+    grad_logits: Any,
+    logits: Any,
+    labels: Any,
+    inverse_temperature: Any,
+    logsumexp: Any,
+    entropy: Any,
+    grad_logprobs: Any,
+    grad_entropy: Any,
+    row_stride: Any,
+    grad_row_stride: Any,
+    num_ids: Any,
+    first_id: Any,
     HAS_GRAD_ENTROPY: tl.constexpr,
     IS_NARROWER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -209,6 +212,8 @@ def _grad_logits_kernel(
     lse = tl.load(logsumexp + row).to(logits.dtype.element_ty)
     g = tl.load(grad_logprobs + row).to(logits.dtype.element_ty) * scale
     label = tl.load(labels + row) - first_id
+    h = 0.0
+    row_entropy = 0.0
     if HAS_GRAD_ENTROPY:
         h = tl.load(grad_entropy + row).to(logits.dtype.element_ty) * scale
         row_entropy = tl.load(entropy + row).to(logits.dtype.element_ty)

@@ -42,5 +42,5 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, triton_rows.__name__)
     monkeypatch.setitem(sys.modules, "triton", None)  # import triton: ModuleNotFoundError
     assert isinstance(build_row_kernels(LogprobBackend.auto, CUDA), TorchRows)
-    with pytest.raises(PlatformError, match="import of triton halted.*install triton"):
+    with pytest.raises(PlatformError, match=r"import of triton halted.*install triton"):
         build_row_kernels(LogprobBackend.triton, CUDA)

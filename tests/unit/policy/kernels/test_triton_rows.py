@@ -60,8 +60,14 @@ def make_rows(
     logits_CV = std * torch.randn(num_rows, num_ids, generator=random)
     inverse_temperature_C = 0.5 + 1.5 * torch.rand(num_rows, generator=random)
     grad_logprobs_C, grad_entropy_C = torch.randn(2, num_rows, generator=random)
-    tensors = (logits_CV, labels_C, inverse_temperature_C, grad_logprobs_C, grad_entropy_C)
-    return Rows(*(tensor.to(device) for tensor in tensors), first_id)
+    return Rows(
+        logits_CV.to(device),
+        labels_C.to(device),
+        inverse_temperature_C.to(device),
+        grad_logprobs_C.to(device),
+        grad_entropy_C.to(device),
+        first_id,
+    )
 
 
 def statistics(rows: Rows, topk_ids_CK: Tensor | None = None, kernels: RowKernels | None = None) -> Tensor:
@@ -325,8 +331,11 @@ def test_equal_to_torch_rows(device: torch.device) -> None:
 
 def test_float64(device: torch.device) -> None:
     rows = with_labels_here(make_rows(device, 3, 5000))
-    rows = Rows(
-        *(field.double() if field.is_floating_point() else field for field in rows[:5]), rows.first_id
+    rows = rows._replace(
+        logits_CV=rows.logits_CV.double(),
+        inverse_temperature_C=rows.inverse_temperature_C.double(),
+        grad_logprobs_C=rows.grad_logprobs_C.double(),
+        grad_entropy_C=rows.grad_entropy_C.double(),
     )
     expected_CV = reference_grad(rows, entropy=True)
     torch.testing.assert_close(statistics(rows), reference_statistics(rows), atol=1e-12, rtol=1e-14)
