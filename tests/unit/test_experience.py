@@ -383,17 +383,8 @@ def test_evaluation_samples_k_responses_with_seeds_of_its_own() -> None:
     engine = Engine()
     evaluator = Evaluator(config, PROMPTS[1:3], cast(RolloutEngine, engine), cast(RewardPool, Rewards()))
     statistics = evaluator.evaluate(policy_version=6)
-    assert engine.calls == [
-        {
-            "prompts": [1, 2],
-            "policy_version": 6,
-            "step": EVAL_SEED_STEP,
-            "num_samples_per_prompt": 3,
-            "temperature": 0.5,
-            "top_p": 0.9,
-            "on_progress": None,
-        }
-    ]
+    expected = {"prompts": [1, 2], "policy_version": 6, "step": EVAL_SEED_STEP, "on_progress": None}
+    assert engine.calls == [expected | {"num_samples_per_prompt": 3, "temperature": 0.5, "top_p": 0.9}]
     assert statistics.num_samples == 6
     assert statistics.reward_sum == 10 + 11 + 12 + 20 + 21 + 22
     assert statistics.num_truncated == 2
