@@ -122,15 +122,15 @@ class TritonRows:
 
 @_jit
 def _statistics_kernel(
-    result: Any,
-    logits: Any,
-    labels: Any,
-    inverse_temperature: Any,
-    given_ids: Any,
-    row_stride: Any,
-    num_ids: Any,
-    first_id: Any,
-    num_given: Any,
+    result: tl.tensor,
+    logits: tl.tensor,
+    labels: tl.tensor,
+    inverse_temperature: tl.tensor,
+    given_ids: tl.tensor,
+    row_stride: tl.tensor,
+    num_ids: tl.tensor,
+    first_id: tl.tensor,
+    num_given: tl.tensor,
     PICKED_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -139,13 +139,13 @@ def _statistics_kernel(
     exponential, whether or not it is a new maximum."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)
+    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
     lanes = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], _LOWEST, logits.dtype.element_ty)
-    s = tl.zeros([BLOCK], logits.dtype.element_ty)
-    t = tl.zeros([BLOCK], logits.dtype.element_ty)
+    m = tl.full([BLOCK], _LOWEST, logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    s = tl.zeros([BLOCK], logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    t = tl.zeros([BLOCK], logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
     block = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_ids, BLOCK):
+    for start in range(0, num_ids, BLOCK):  # pyrefly: ignore[bad-argument-type]
         columns = start + lanes
         z = tl.load(logits + columns, mask=columns < num_ids, other=-float("inf"))
         difference = (z - m) * scale
@@ -184,18 +184,18 @@ def _statistics_kernel(
 
 @_jit
 def _grad_logits_kernel(
-    grad_logits: Any,
-    logits: Any,
-    labels: Any,
-    inverse_temperature: Any,
-    logsumexp: Any,
-    entropy: Any,
-    grad_logprobs: Any,
-    grad_entropy: Any,
-    row_stride: Any,
-    grad_row_stride: Any,
-    num_ids: Any,
-    first_id: Any,
+    grad_logits: tl.tensor,
+    logits: tl.tensor,
+    labels: tl.tensor,
+    inverse_temperature: tl.tensor,
+    logsumexp: tl.tensor,
+    entropy: tl.tensor,
+    grad_logprobs: tl.tensor,
+    grad_entropy: tl.tensor,
+    row_stride: tl.tensor,
+    grad_row_stride: tl.tensor,
+    num_ids: tl.tensor,
+    first_id: tl.tensor,
     HAS_GRAD_ENTROPY: tl.constexpr,
     IS_NARROWER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -208,16 +208,16 @@ def _grad_logits_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     grad_logits += row * grad_row_stride
-    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)
-    lse = tl.load(logsumexp + row).to(logits.dtype.element_ty)
-    g = tl.load(grad_logprobs + row).to(logits.dtype.element_ty) * scale
+    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    lse = tl.load(logsumexp + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    g = tl.load(grad_logprobs + row).to(logits.dtype.element_ty) * scale  # pyrefly: ignore[missing-attribute]
     label = tl.load(labels + row) - first_id
     h = 0.0
     row_entropy = 0.0
     if HAS_GRAD_ENTROPY:
-        h = tl.load(grad_entropy + row).to(logits.dtype.element_ty) * scale
-        row_entropy = tl.load(entropy + row).to(logits.dtype.element_ty)
-    for start in range(0, num_ids, BLOCK):
+        h = tl.load(grad_entropy + row).to(logits.dtype.element_ty) * scale  # pyrefly: ignore[missing-attribute]
+        row_entropy = tl.load(entropy + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    for start in range(0, num_ids, BLOCK):  # pyrefly: ignore[bad-argument-type]
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_ids
         z = tl.load(logits + columns, mask=mask, other=-float("inf"))
@@ -231,7 +231,7 @@ def _grad_logits_kernel(
         else:
             factor = g
         grad = tl.where(columns == label, g, 0.0) - p * factor
-        tl.store(grad_logits + columns, grad.to(grad_logits.dtype.element_ty), mask=mask)
+        tl.store(grad_logits + columns, grad.to(grad_logits.dtype.element_ty), mask=mask)  # pyrefly: ignore[missing-attribute]
 
 
 INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)
