@@ -279,19 +279,25 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class CorrectionConfig:
-    """Train/rollout mismatch: rho = old/mu with `anchor=recomputed`, the detached pi/mu with `anchor=rollout`.
-    All are independent of each other; a masked token contributes 0 but keeps its place in the aggregation."""
+    """Train/rollout mismatch: each factor multiplies the loss of a token, without a gradient.
+
+    rho = old / mu with `anchor=recomputed`. With `anchor=rollout`, rho = pi / mu, which r contains already:
+    there the masks give 1 instead of rho, and tis has no meaning. All are independent of each other; a masked
+    token contributes 0 but keeps its place in the aggregation.
+    """
 
     token: TokenCorrection = TokenCorrection.none
-    """tis: factor min(rho, token_high). mis: factor 1 inside [token_low, token_high], else 0.
-    icepop: factor rho inside, else 0. tis and icepop need `anchor=recomputed`."""
+    """tis: min(rho, token_high), truncated (needs `anchor=recomputed`). mis: rho up to token_high, else 0.
+    icepop: rho inside [token_low, token_high], else 0 (arXiv 2510.18855)."""
     token_low: float = 0.5
+    """icepop alone reads it."""
     token_high: float = 2.0
     sequence_low: float | None = None
     """Sequences whose geometric mean of rho lies outside [sequence_low, sequence_high] are masked."""
     sequence_high: float | None = None
     opsm_delta: float | None = None
-    """Off-policy sequence mask: sequences with A < 0 and mean(logmu - logpi) > opsm_delta are masked."""
+    """Off-policy sequence mask (arXiv 2512.02556): in sequences with mean(logmu - logpi) > opsm_delta, mu
+    being the anchor, tokens with A < 0 are masked."""
 
     def problems(self) -> Problems:
         key = "algorithm.correction"
@@ -319,7 +325,8 @@ class KlConfig:
 
 @dataclass(kw_only=True)
 class DynamicSamplingConfig:
-    """DAPO's filter (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are dropped and refilled."""
+    """DAPO's filter (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are dropped and
+    refilled."""
 
     enabled: bool = False
     max_rounds: int = 10
@@ -350,11 +357,10 @@ class AlgorithmConfig:
             yield from section.problems()
         yield from _at_least(self, "algorithm", 1, "horizon_tokens")
         yield from _at_least(self, "algorithm", 0, "entropy_coef")
-        token = self.correction.token
-        if self.anchor is Anchor.rollout and token in (TokenCorrection.tis, TokenCorrection.icepop):
+        if self.anchor is Anchor.rollout and self.correction.token is TokenCorrection.tis:
             yield (
-                f"algorithm.correction.token={token} needs algorithm.anchor=recomputed: with anchor=rollout "
-                "the ratio of the loss contains the correction already"
+                "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the "
+                "ratio of the loss contains the correction already"
             )
 
 

@@ -15,6 +15,7 @@ from megatron_drpo.errors import NumericsError
 from megatron_drpo.experience import Evaluator, Experience, ExperienceSource, PromptShare, SampleStatistics
 from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
@@ -24,7 +25,7 @@ from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch
 from megatron_drpo.weight_sync.push import WeightPusher
 
-Metrics = dict[str, float | list[float]]
+Metrics = dict[str, float | str | list[float]]
 
 
 class Trainer:
@@ -61,6 +62,7 @@ class Trainer:
         self.progress = progress
         self.state = RunState()
         self.timer = StepTimer()
+        self.alarm = TrustRegionAlarm()
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
 
@@ -197,6 +199,8 @@ class Trainer:
             self.writer.write(step, metrics)
         if self.progress is not None:
             self.progress.step(step, metrics)
+            if "alarm" in metrics:
+                self.progress.message(f"warning: {metrics['alarm']}")
 
     def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
         total = self._sum(statistics)
@@ -240,4 +244,8 @@ class Trainer:
         details = summarise(diagnostics)
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}
+        if self.policy.objective.loss.has_trust_region:
+            alarm = self.alarm.update(diagnostics.num_tokens, diagnostics.num_outside)
+            if alarm is not None:
+                metrics["alarm"] = alarm
         return metrics | details

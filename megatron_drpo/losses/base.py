@@ -52,7 +52,7 @@ class Loss(ABC):
         return torch.zeros_like(tokens.logprobs_N, dtype=torch.bool)
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but do nothing, one sentence each."""
+        """Settings that are allowed but do nothing or are hardly meant, one sentence each."""
         return []
 
 

@@ -2,7 +2,8 @@
 
     objective = c * loss + kl_coef * KL-estimate - entropy_coef * H
 
-with c the product of the corrections' factors, which have no gradient.
+with c the product of the corrections' factors, which have no gradient. A token that a correction masks
+(c = 0) still has its KL penalty and entropy bonus: they do not depend on how it was sampled.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ class Objective:
         Args:
             factor_N: what `factor` gave for these tokens, if it is at hand.
         """
-        value_N = self.loss.value(tokens)
         if self.corrections:
-            # where, not multiplication: a masked token contributes 0 whatever its value.
             factor_N = self.factor(tokens) if factor_N is None else factor_N
-            value_N = torch.where(factor_N == 0, torch.zeros_like(value_N), value_N * factor_N)
+            is_masked_N = factor_N == 0
+            # where and detach, not multiplication: a masked token has value and gradient 0, be its loss NaN.
+            logprobs_N = torch.where(is_masked_N, tokens.logprobs_N.detach(), tokens.logprobs_N)
+            value_N = self.loss.value(tokens.with_logprobs(logprobs_N)) * factor_N
+            value_N = torch.where(is_masked_N, torch.zeros_like(value_N), value_N)
+        else:
+            value_N = self.loss.value(tokens)
         if self.kl is not None:
             value_N = value_N + self.kl.value(tokens)
         if self.entropy_coef:
@@ -67,11 +72,14 @@ class Objective:
 
     @torch.no_grad()
     def factor(self, tokens: LossTokens) -> Float[Tensor, " N"]:
-        """The product of the corrections' factors; 1 without corrections."""
-        factor_N = torch.ones_like(tokens.logprobs_N)
+        """The product of the corrections' factors, 0 where one of them is 0; 1 without corrections."""
+        product_N = torch.ones_like(tokens.logprobs_N)
+        is_masked_N = torch.zeros_like(tokens.logprobs_N, dtype=torch.bool)
         for correction in self.corrections:
-            factor_N = factor_N * correction.factor(tokens)
-        return factor_N
+            factor_N = correction.factor(tokens)
+            product_N = product_N * factor_N
+            is_masked_N |= factor_N == 0
+        return torch.where(is_masked_N, torch.zeros_like(product_N), product_N)
 
     def warnings(self) -> list[str]:
         """Settings that are allowed but hardly meant, one sentence each."""
@@ -82,7 +90,7 @@ def build_objective(config: AlgorithmConfig) -> Objective:
     """The objective that the configuration describes.
 
     Raises:
-        ConfigError: the loss is unknown.
+        ConfigError: the loss is unknown, or the user's function does not give one.
     """
     return Objective(
         loss=build_loss(config.loss),

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from megatron_drpo.config import LossConfig
-from megatron_drpo.losses.base import Loss, compute_ratio, compute_unclamped
+from megatron_drpo.losses.base import RatioLoss
+from megatron_drpo.losses.tokens import LossTokens
 
 
 @dataclass(frozen=True)
-class SurrogateLoss(Loss):
-    """L = -A r, w = 1."""
+class SurrogateLoss(RatioLoss):
+    """L = -A r
+    w = 1; 0 where the ratio is clamped"""
+
+    has_trust_region: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: LossConfig) -> SurrogateLoss:
         return cls()
 
-    def value(
-        self,
-        logprobs_T: Float[Tensor, " T"],
-        rollout_logprobs_T: Float[Tensor, " T"],
-        advantages_T: Float[Tensor, " T"],
-    ) -> Float[Tensor, " T"]:
-        return -advantages_T * compute_ratio(logprobs_T, rollout_logprobs_T)
+    def value(self, tokens: LossTokens) -> Float[Tensor, " N"]:
+        return -tokens.advantages_N * tokens.ratio_N
 
     @torch.no_grad()
-    def weight(
-        self,
-        logprobs_T: Float[Tensor, " T"],
-        rollout_logprobs_T: Float[Tensor, " T"],
-        advantages_T: Float[Tensor, " T"],
-    ) -> Float[Tensor, " T"]:
-        return compute_unclamped(logprobs_T, rollout_logprobs_T).to(logprobs_T.dtype)
+    def weight(self, tokens: LossTokens) -> Float[Tensor, " N"]:
+        return tokens.is_unclamped_N.to(tokens.logprobs_N.dtype)

@@ -81,6 +81,11 @@ class LossTokens:
         return self.log_ratio_N.exp()
 
     @property
+    def probs_N(self) -> Float[Tensor, " N"]:
+        """pi."""
+        return self.logprobs_N.exp()
+
+    @property
     def anchor_probs_N(self) -> Float[Tensor, " N"]:
         """mu."""
         return self.anchor_logprobs_N.exp()

@@ -1,20 +1,14 @@
-"""Finding reward functions by name, and the one place where their code is called."""
+"""Finding reward functions by name."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import ParamSpec, TypeVar
 
 from megatron_drpo.config import RewardConfig
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.types import Rollout
+from megatron_drpo.user_code import load_function
 
 RewardFunction = Callable[[Rollout], float]
 
@@ -23,16 +17,6 @@ BUILTIN_REWARDS = {
     "exact_match": "megatron_drpo.rewards.exact:exact_match",
 }
 """Short names; each compares the response with the prompt's `answer`."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why there is no reward."""
-
-    reason: str
 
 
 def needs_answer(config: RewardConfig) -> bool:
@@ -61,31 +45,9 @@ def load_reward_function(name: str) -> RewardFunction:
     Raises:
         ConfigError: the name has another form, or there is no such module or function.
     """
-    module_name, separator, function_name = BUILTIN_REWARDS.get(name, name).partition(":")
-    if not (module_name and separator and function_name):
-        known = ", ".join(BUILTIN_REWARDS)
-        raise ConfigError(f"reward.name={name}: expected {known} or module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module = call_guarded(importlib.import_module, module_name)
-    if isinstance(module, Failure):
-        raise ConfigError(f"reward.name={name}: module {module_name} cannot be imported: {module.reason}")
-    function = vars(module).get(function_name)
-    if not callable(function):
-        raise ConfigError(f"reward.name={name}: module {module_name} has no function {function_name}")
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError as error:
-        raise ConfigError(
-            f"reward.name={name}: expected a function of one argument, the Rollout: {error}"
-        ) from None
-    return function
-
-
-def call_guarded(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Failure:
-    """Call code that is not ours; whatever it raises becomes a Failure that says what and where."""
-    try:
-        return function(*args, **kwargs)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's code may raise anything at all
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return Failure(f"{type(error).__name__}: {error} ({frame.filename} line {frame.lineno})")
+    return load_function(
+        BUILTIN_REWARDS.get(name, name),
+        setting=f"reward.name={name}",
+        known=", ".join(BUILTIN_REWARDS),
+        argument="the Rollout",
+    )

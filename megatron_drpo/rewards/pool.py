@@ -12,9 +12,9 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from megatron_drpo.config import OnRewardError, RewardConfig
 from megatron_drpo.errors import RewardError
 from megatron_drpo.rewards import worker
-from megatron_drpo.rewards.functions import Failure
 from megatron_drpo.rewards.spawn import LightSpawnContext
 from megatron_drpo.types import Rollout
+from megatron_drpo.user_code import Failure
 
 
 class RewardPool:

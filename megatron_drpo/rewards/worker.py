@@ -7,8 +7,9 @@ import sys
 from numbers import Real
 
 from megatron_drpo.lifetime import die_with_parent
-from megatron_drpo.rewards.functions import Failure, call_guarded, load_reward_function
+from megatron_drpo.rewards.functions import load_reward_function
 from megatron_drpo.types import Rollout
+from megatron_drpo.user_code import Failure, call_guarded
 
 
 def start(reward_name: str, parent_pid: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from megatron_drpo.rewards import worker
-from megatron_drpo.rewards.functions import Failure
 from megatron_drpo.types import Rollout
+from megatron_drpo.user_code import Failure
 
 
 @pytest.mark.parametrize(("expression", "reward"), [("0.25", 0.25), ("1", 1.0), ("True", 1.0), ("-2", -2.0)])
