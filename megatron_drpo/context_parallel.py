@@ -72,8 +72,8 @@ def split_context_parallel(micro_batch: MicroBatch, rank: int, size: int) -> Mic
 
 
 def merge_context_parallel(
-    pieces: Sequence[Shaped[Tensor, "U *rest"]], cu_seqlens: Int[Tensor, " _"]
-) -> Shaped[Tensor, "T *rest"]:
+    pieces: Sequence[Shaped[Tensor, "U ..."]], cu_seqlens: Int[Tensor, " _"]
+) -> Shaped[Tensor, "T ..."]:
     """Values per token of all ranks, in rank order -> per packed position; the inverse of the split.
 
     Args:

@@ -27,9 +27,7 @@ from megatron_drpo.errors import DataError
 from megatron_drpo.types import MicroBatch, TrainSequence
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], max_tokens: int, pad_sequences_to: int = 1
-) -> list[list[int]]:
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int, pad_sequences_to: int = 1) -> list[list[int]]:
     """Split sequences into few micro-batches of about equal size and at most `max_tokens` tokens each.
 
     First-fit-decreasing gives their number; filling that many, longest sequence first and always the
@@ -143,9 +141,7 @@ def pack(
 
 def _check_sequence(sequence: TrainSequence, num_topk: int) -> None:
     if sequence.prompt_length < 1:
-        raise DataError(
-            f"sequence {sequence.id}: its prompt has no token, so nothing predicts its response"
-        )
+        raise DataError(f"sequence {sequence.id}: its prompt has no token, so nothing predicts its response")
     if num_topk:
         for name in ("topk_ids", "topk_logprobs"):
             values = getattr(sequence, name)

@@ -55,6 +55,14 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "PP2xVPP2": ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2),
     "EP2": ParallelConfig(expert_parallel_size=2, data_parallel_size=2),
     "DP2": ParallelConfig(data_parallel_size=2),
+    "CP2": ParallelConfig(context_parallel_size=2),
+    "CP2xEP2": ParallelConfig(context_parallel_size=2, expert_parallel_size=2),
+    "TP2xCP2xEP2": ParallelConfig(
+        tensor_parallel_size=2, sequence_parallel=True, context_parallel_size=2, expert_parallel_size=2
+    ),
+    "PP2xVPP2xCP2": ParallelConfig(
+        pipeline_parallel_size=2, virtual_pipeline_parallel_size=2, context_parallel_size=2
+    ),
     "TP2xEP2": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, expert_parallel_size=2),
     "TP2xPP2xEP2": ParallelConfig(
         tensor_parallel_size=2, sequence_parallel=True, pipeline_parallel_size=2, expert_parallel_size=2
@@ -184,6 +192,7 @@ def _logits_error(policy: Any, micro_batches: list[Any], reference: dict[int, to
     """
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+    from megatron_drpo.context_parallel import merge_context_parallel
     from megatron_drpo.policy.forward import run_model
     from megatron_drpo.policy.model import unwrap
 
@@ -200,7 +209,8 @@ def _logits_error(policy: Any, micro_batches: list[Any], reference: dict[int, to
             shard = hidden[:, 0] @ unwrap(module).output_weight().T
             shards = [torch.empty_like(shard) for _ in range(parallel.tensor_size)]
             dist.all_gather(shards, shard.contiguous(), group=parallel.tensor_group)
-            logits = torch.cat(shards, dim=1)
+            pieces = parallel.gather_over_context(torch.cat(shards, dim=1))
+            logits = merge_context_parallel(pieces, micro_batch.cu_seqlens)
             bounds = micro_batch.cu_seqlens.tolist()
             for id_, start in zip(micro_batch.sequence_ids, bounds, strict=False):
                 expected = reference[id_]

@@ -148,7 +148,7 @@ def _length_buckets(bounds: list[int], device: torch.device) -> Iterator[tuple[t
 
 
 def _spans(starts_S: torch.Tensor, lengths_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions from each start on, right-padded with the start; which are no padding), both [S, longest]."""
+    """[S, longest] positions from each start on, right-padded with the start, and which are no padding."""
     offsets = torch.arange(int(lengths_S.max()), device=starts_S.device)
     valid_SL = offsets < lengths_S[:, None]
     return torch.where(valid_SL, starts_S[:, None] + offsets, starts_S[:, None]), valid_SL

@@ -142,7 +142,7 @@ def initialise_parallel(
 
 
 def _replica_group(timeout: timedelta) -> dist.ProcessGroup:
-    """All ranks of one data-parallel replica; Megatron's own group of that name leaves the context axis out."""
+    """All ranks of one data-parallel replica; Megatron's model-parallel group has no context ranks."""
     from megatron.core import parallel_state
 
     if parallel_state.get_context_parallel_world_size() == 1:
@@ -152,7 +152,7 @@ def _replica_group(timeout: timedelta) -> dist.ProcessGroup:
     # Every rank takes part in making every group, in the same order.
     members = [[rank for rank, of in enumerate(replicas) if of == replica] for replica in sorted({*replicas})]
     group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
-    return group
+    return cast(dist.ProcessGroup, group)
 
 
 def _initialise_process_group(

@@ -149,16 +149,14 @@ class Policy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        settings = replace(self._settings, one_pass=self.uses_one_pass)
-        forward = TrainForward(self.objective, settings, self.parallel, observer)
+        forward = TrainForward(self.objective, self.forward_settings, self.parallel, observer)
         return run_schedule(forward, self.chunks, micro_batches, self.parallel.device, forward_only=False)
 
     @property
-    def uses_one_pass(self) -> bool:
-        """The LM head's gradients are formed in the forward pass."""
-        if self.config.policy.logprob_mode is LogprobMode.recompute:
-            return False
-        return not self.objective.needs_sequences
+    def forward_settings(self) -> ForwardSettings:
+        """How an update's logprobs and their gradients are computed, as the objective allows."""
+        wants_recompute = self.config.policy.logprob_mode is LogprobMode.recompute
+        return replace(self._settings, one_pass=not (wants_recompute or self.objective.needs_sequences))
 
     def reduce(self, results: list[MicroBatchResult]) -> tuple[float, Diagnostics]:
         """Add up what the last stages saw, over all tokens of the global batch; the same on every rank."""
@@ -192,7 +190,8 @@ class Policy:
         """Give the step's micro-batches what the objective compares with, before the first update: the
         policy's own logprobs (anchor=recomputed) and the reference policy's (kl.coef > 0). Collective."""
         flat = [micro_batch for batch in batches for micro_batch in batch]
-        if self.config.algorithm.anchor is Anchor.recomputed:
+        is_rl = self.config.train.mode is Mode.rl
+        if is_rl and self.config.algorithm.anchor is Anchor.recomputed:
             flat = _with_field("old_logprobs_T", flat, self.compute_logprobs(flat))
         if self.reference_chunks:
             flat = _with_field("ref_logprobs_T", flat, self._score(self.reference_chunks, flat))

@@ -1,4 +1,4 @@
-"""Two updates under layouts of two and four ranks against one rank: losses, gradient norms, logprobs, weights."""
+"""Two updates on two or four ranks against one rank: losses, gradient norms, logprobs, weights."""
 
 from __future__ import annotations
 

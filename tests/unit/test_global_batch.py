@@ -139,3 +139,20 @@ def test_the_ranks_of_a_replica_get_the_leaders_batch(
     assert leader == other
     assert all(num_tokens % 2 == 0 for _, num_tokens, *_ in leader)
     assert sorted(id_ for ids, *_ in leader for id_ in ids) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_context_ranks_share_the_tokens_of_every_micro_batch(
+    run_distributed: Callable[..., list[Any]], make_sequences: Callable[..., list[TrainSequence]]
+) -> None:
+    """Padded to 8, 20, 4, 12 and 16 tokens, in micro-batches of at most 20; each rank has half of each."""
+    sequences = make_sequences([5, 17, 2, 9, 13])
+    parallel = ParallelConfig(context_parallel_size=2)
+    first, second = run_distributed(_pack_own_share, 2, make_config(), parallel, [sequences])
+    assert [ids for ids, *_ in first] == [ids for ids, *_ in second]
+    assert sorted(ids for ids, *_ in first) == [[0, 3], [1], [2, 4]]
+    assert [num_tokens for _, num_tokens, *_ in first] == [10, 10, 10]
+    assert [num_tokens for _, num_tokens, *_ in second] == [10, 10, 10]
+    assert all(weight > 0 for _, _, weight, _ in first + second)
+    assert sum(weight for _, _, weight, _ in first + second) == pytest.approx(1.0, rel=1e-6)

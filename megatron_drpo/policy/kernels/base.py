@@ -10,7 +10,7 @@ are; rows lie one after the other. `first_id` is the global id of column 0.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ NUM_STATISTICS = 5
 """Columns of `RowKernels.statistics` before those of the given ids."""
 
 
+@runtime_checkable  # tests check annotations at run time
 class RowKernels(Protocol):
     """No method communicates, and none makes the host wait for the device."""
 

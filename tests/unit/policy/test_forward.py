@@ -143,7 +143,7 @@ def test_one_pass_and_recompute_give_the_same_gradients(
         config = policy_config("dense_tied", logprob_mode=mode, logprob_buffer_bytes=7 * 101 * 4)
         config.algorithm = RICH
         policy = build_policy(config)
-        assert policy.uses_one_pass is (mode is LogprobMode.one_pass)
+        assert policy.forward_settings.one_pass is (mode is LogprobMode.one_pass)
         (micro_batches,) = policy.add_logprobs([pack_all(policy, make_sequences([9, 14, 4, 30]))])
         loss, _ = policy.reduce(policy.forward_backward(micro_batches))
         gradients = {name: vars(p)["main_grad"].clone() for name, p in policy.chunks[0].named_parameters()}
@@ -156,9 +156,9 @@ def test_one_pass_and_recompute_give_the_same_gradients(
 
 def test_sequence_losses_are_recomputed(build_policy: BuildPolicy, policy_config: Callable[..., Config]) -> None:
     policy = build_policy(policy_config("dense"))
-    assert policy.uses_one_pass
+    assert policy.forward_settings.one_pass
     policy.objective = build_objective(AlgorithmConfig(loss=LossConfig(name="gspo")))
-    assert not policy.uses_one_pass
+    assert not policy.forward_settings.one_pass
 
 
 def test_loss_rows_are_cut_out_of_the_packed_fields(micro_batch: MicroBatch) -> None:
