@@ -20,9 +20,7 @@ def gather_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     for chunk in policy.chunks:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             _gather_buckets(group)
-    return {
-        name: tensor.clone() for name, tensor in policy.exporter.tensors(_main_grad, dtype=torch.float32)
-    }
+    return {name: tensor.clone() for name, tensor in policy.exporter.tensors(_main_grad, dtype=torch.float32)}
 
 
 def _gather_buckets(group: Any) -> None:

@@ -136,9 +136,7 @@ def _from_rollout(t: Tokens) -> Tensor:
 
 LOSSES: dict[str, Loss] = {
     "surrogate": lambda t, _: -t.advantage * t.r,
-    "drpo": lambda t, c: (
-        -t.advantage * t.r + t.advantage.abs() * t.mu * (t.r - 1) ** 2 / (2 * c.delta)
-    ),
+    "drpo": lambda t, c: -t.advantage * t.r + t.advantage.abs() * t.mu * (t.r - 1) ** 2 / (2 * c.delta),
     "drpo_unweighted": lambda t, c: -t.advantage * t.r + t.mu * (t.r - 1) ** 2 / (2 * c.delta),
     "mask_drpo": _mask_drpo,
     "spo": lambda t, c: -t.advantage * t.r + t.advantage.abs() * (t.r - 1) ** 2 / (2 * c.epsilon),
@@ -149,9 +147,7 @@ LOSSES: dict[str, Loss] = {
     "dppo_topk_kl": _dppo(_kl_topk, _from_rollout),
     "grpo": _grpo,
     "gspo": lambda t, c: _clipped(_gspo_ratio(t) * t.pi / t.pi.detach(), t, c),
-    "cispo": lambda t, c: (
-        -t.r.detach().clamp(1 - c.clip_low, 1 + c.clip_high) * t.advantage * t.logpi
-    ),
+    "cispo": lambda t, c: -t.r.detach().clamp(1 - c.clip_low, 1 + c.clip_high) * t.advantage * t.logpi,
 }
 """Value per token. The ratio is never clamped: the data stays below every clamp."""
 
