@@ -50,7 +50,9 @@ def main() -> int:
     is_main = RankInfo.from_environment().rank == 0
     try:
         overrides = ["checkpoint.resume=true", *arguments.override]
-        outcome = replay(arguments.folder, load_config([f"config={arguments.folder}/config.yaml", *overrides]))
+        outcome = replay(
+            arguments.folder, load_config([f"config={arguments.folder}/config.yaml", *overrides])
+        )
     except DrpoError as error:
         if is_main:
             print(f"{type(error).__name__}: {error}")

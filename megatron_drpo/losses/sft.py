@@ -17,8 +17,8 @@ from megatron_drpo.losses.tokens import LossTokens
 class SftLoss(Loss):
     """L = -logpi, dL/dlogpi = -1.
 
-    There is no behaviour policy: only logprobs_N is read, the coefficient is 1 instead of A r, and w is reported
-    as 1.
+    There is no behaviour policy: only logprobs_N is read, the coefficient is 1 instead of A r, and w is
+    reported as 1.
     """
 
     has_trust_region: ClassVar[bool] = False

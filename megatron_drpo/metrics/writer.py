@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.writer import SummaryWriter
+# Made by protobuf when the module is imported.
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from megatron_drpo.errors import CheckpointError, DataError
 from megatron_drpo.metrics.diagnostics import MU_BUCKET_EDGES, W_HISTOGRAM_EDGES
@@ -155,7 +156,7 @@ def _write_events(events: SummaryWriter, step: int, metrics: Metrics) -> None:
             _write_histogram(events, step, name, value)
     # One event for all: add_scalar would make one each, at 0.1 ms.
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-    events.file_writer.add_summary(summary, step)
+    cast(FileWriter, events.file_writer).add_summary(summary, step)
 
 
 def _write_histogram(events: SummaryWriter, step: int, name: str, counts: Sequence[float]) -> None:

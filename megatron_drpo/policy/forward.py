@@ -138,9 +138,7 @@ class LossRows:
         is_whole = part == slice(None)
         topk = None
         if self.topk_logprobs_NK is not None and output.topk_logprobs_NK is not None:
-            topk = TopK(
-                logprobs_NK=output.topk_logprobs_NK, rollout_logprobs_NK=self.topk_logprobs_NK[part]
-            )
+            topk = TopK(logprobs_NK=output.topk_logprobs_NK, rollout_logprobs_NK=self.topk_logprobs_NK[part])
         return LossTokens(
             logprobs_N=output.logprobs_N,
             anchor_logprobs_N=self.anchor_logprobs_N[part],

@@ -289,7 +289,9 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]  # the decorator drops the parameter's name
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, logsumexp_N, entropy_N = ctx.saved_tensors
         head = _Head(hidden_TH, weight_VH, ctx.rows, ctx.settings)
         gradients = _Gradients(head, weight_VH, ctx.needs_input_grad[:2])
@@ -340,12 +342,14 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]  # the decorator drops the parameter's name
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         _check_is_one(grads[0])
-        if ctx.gradients is None:
+        if not hasattr(ctx, "gradients"):
             raise RuntimeError("one_pass_loss: a second backward pass, but the gradients were given away")
         grad_hidden_TH, weight = ctx.gradients
-        ctx.gradients = None
+        del ctx.gradients
         grad_weight = None if weight is None else weight.for_autograd()
         return grad_hidden_TH, grad_weight, None, None, None, None
 

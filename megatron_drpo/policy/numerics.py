@@ -36,9 +36,8 @@ class Finding:
     phase: int
     depth: int
     """Along the direction of the pass."""
-    order: int
-    """Of this rank's findings."""
     rank: int
+    replica: int
     where: str
     sequence_ids: tuple[int, ...]
 
@@ -63,7 +62,10 @@ def find_non_finite(
     if not findings:
         return NumericsError(f"{what}; computed again, both are finite: suspect the machine, not the data")
     first = findings[0]
-    ids = [str(id_) for id_ in first.sequence_ids]
+    # Every sequence that is spoilt there, wherever its tokens are; ids are unique within a replica.
+    place = (first.phase, first.where, first.replica)
+    same_place = [f for f in findings if (f.phase, f.where, f.replica) == place]
+    ids = [str(id_) for id_ in sorted({id_ for f in same_place for id_ in f.sequence_ids})]
     more = f" and {len(ids) - _MAX_IDS} more" if len(ids) > _MAX_IDS else ""
     sequences = f", sequence {', '.join(ids[:_MAX_IDS])}{more}" if ids else ""
     return NumericsError(f"{what}; not finite first: {first.where}, on rank {first.rank}{sequences}")
@@ -143,10 +145,8 @@ class _Watch:
         self._report(phase, depth, where, _sequences_at(micro_batch, rows))
 
     def _report(self, phase: int, depth: int, where: str, sequence_ids: tuple[int, ...]) -> None:
-        rank, order = self._policy.parallel.rank, len(self.findings)
-        self.findings.append(
-            Finding(phase=phase, depth=depth, order=order, rank=rank, where=where, sequence_ids=sequence_ids)
-        )
+        parallel = self._policy.parallel
+        self.findings.append(Finding(phase, depth, parallel.rank, parallel.data_rank, where, sequence_ids))
 
 
 def _places(model: PolicyModel) -> Iterator[tuple[str, int, torch.nn.Module]]:

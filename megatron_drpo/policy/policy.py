@@ -240,9 +240,7 @@ class Policy:
         return -(-count // size) * size
 
 
-def _with_field(
-    name: str, micro_batches: list[MicroBatch], values: list[torch.Tensor]
-) -> list[MicroBatch]:
+def _with_field(name: str, micro_batches: list[MicroBatch], values: list[torch.Tensor]) -> list[MicroBatch]:
     """The micro-batches with one field set; as they are where there are no values (before the last stage)."""
     if not values:
         return micro_batches

@@ -32,11 +32,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
 
 
 def collectives(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What `run` returned, and the collectives it started, as the gloo backend names them."""
+    """What `run` returned, and the collectives it started, as torch.distributed's dispatcher names them."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         result = run()
     names = [event.name for event in profiler.events() or []]
-    return result, sorted(name.removeprefix("gloo:") for name in names if name.startswith("gloo:"))
+    return result, sorted(name.removeprefix("c10d::") for name in names if name.startswith("c10d::"))
 
 
 def count(config: Config, sequences: list[TrainSequence]) -> tuple[list[str], list[str]]:
@@ -75,5 +75,5 @@ def test_one_collective_each_way(
         parallel=ParallelConfig(tensor_parallel_size=2, sequence_parallel=sequence_parallel),
     )
     for in_forward, in_backward in run_distributed(count, 2, config, make_sequences([9, 14, 4])):
-        assert in_forward == ["all_gather"] * (1 + sequence_parallel)
-        assert in_backward == (["reduce_scatter"] if sequence_parallel else ["all_reduce"])
+        assert in_forward == (["_allgather_base_"] if sequence_parallel else []) + ["allgather_"]
+        assert in_backward == (["_reduce_scatter_base_"] if sequence_parallel else ["allreduce_"])

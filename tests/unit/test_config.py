@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_drpo.config import Config, DataConfig, PolicyConfig
+from megatron_drpo.config import Anchor, Config, DataConfig, PolicyConfig, TokenCorrection
 from megatron_drpo.errors import ConfigError, DrpoError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "config_keys.txt"
@@ -64,10 +64,13 @@ AT_LEAST_1 = [
     "rollout.embedded.num_slots",
     "rollout.embedded.num_threads",
     "reward.num_workers",
+    "algorithm.loss.num_topk",
+    "algorithm.dynamic_sampling.max_rounds",
     "algorithm.horizon_tokens",
     "policy.max_tokens_per_micro_batch",
-    "policy.logprob_chunk_tokens",
+    "policy.logprob_buffer_bytes",
     "parallel.tensor_parallel_size",
+    "parallel.context_parallel_size",
     "parallel.pipeline_parallel_size",
     "parallel.virtual_pipeline_parallel_size",
     "parallel.expert_parallel_size",
@@ -78,6 +81,9 @@ AT_LEAST_1 = [
 ]
 AT_LEAST_0 = [
     "rollout.num_retries",
+    "algorithm.correction.token_low",
+    "algorithm.kl.coef",
+    "algorithm.entropy_coef",
     "optimizer.min_lr",
     "optimizer.num_warmup_updates",
     "optimizer.weight_decay",
@@ -93,7 +99,15 @@ POSITIVE = [
     "rollout.startup_timeout_s",
     "reward.timeout_s",
     "algorithm.loss.delta",
+    "algorithm.loss.epsilon",
+    "algorithm.loss.mask_high",
+    "algorithm.loss.mask_low",
+    "algorithm.loss.ratio_cap",
     "algorithm.loss.clip_high",
+    "algorithm.correction.token_high",
+    "algorithm.correction.sequence_low",
+    "algorithm.correction.sequence_high",
+    "algorithm.correction.opsm_delta",
     "parallel.timeout_s",
     "optimizer.lr",
     "optimizer.eps",
@@ -129,13 +143,19 @@ def test_value_out_of_range(key: str, value: float, rule: str) -> None:
     [
         *((key, 1) for key in AT_LEAST_1),
         *((key, 0) for key in AT_LEAST_0 if key != "optimizer.min_lr"),
-        *((key, 1e-6) for key in POSITIVE),
+        *((key, 1e-6) for key in POSITIVE if key != "algorithm.correction.token_high"),
         ("rollout.top_p", 1.0),
         ("rollout.top_k", -1),
         ("rollout.top_k", 1),
         ("optimizer.beta1", 0.0),
         ("algorithm.loss.clip_low", 1.0),
         ("algorithm.loss.dual_clip", None),
+        ("algorithm.loss.mask_low", None),
+        ("algorithm.loss.ratio_cap", None),
+        ("algorithm.correction.token_high", 0.5),
+        ("algorithm.correction.sequence_low", None),
+        ("algorithm.correction.sequence_high", None),
+        ("algorithm.correction.opsm_delta", None),
         ("algorithm.horizon_tokens", None),
     ],
 )
@@ -169,7 +189,20 @@ def test_value_at_the_edge_of_its_range(key: str, value: float | None) -> None:
         (
             {"parallel__expert_parallel_size": 4, "parallel__data_parallel_size": 2},
             "parallel.expert_parallel_size * expert_tensor_parallel_size = 4 must divide "
-            "tensor_parallel_size * data_parallel_size = 2",
+            "tensor_parallel_size * context_parallel_size * data_parallel_size = 2",
+        ),
+        (
+            {"algorithm__correction__token": "tis"},
+            "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the ratio of "
+            "the loss contains the correction already",
+        ),
+        (
+            {"algorithm__correction__token_low": 3.0},
+            "algorithm.correction.token_low=3.0: must not exceed token_high=2.0",
+        ),
+        (
+            {"algorithm__correction__sequence_low": 1.1, "algorithm__correction__sequence_high": 0.9},
+            "algorithm.correction.sequence_low=1.1: must not exceed sequence_high=0.9",
         ),
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr=1.0: must not exceed optimizer.lr=1e-06"),
         ({"eval__every_steps": 5}, "eval.every_steps=5 needs data.eval_path"),
@@ -185,6 +218,21 @@ def test_rule_between_keys(changes: dict[str, Any], problem: str) -> None:
         default = value_of(minimal(), key)
         changes[key] = type(default)(value) if isinstance(default, StrEnum) else value
     assert problems_with(**changes) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("token", "anchor"),
+    [
+        ("tis", "recomputed"),
+        ("mis", "recomputed"),
+        ("icepop", "recomputed"),
+        ("mis", "rollout"),
+        ("icepop", "rollout"),
+    ],
+)
+def test_corrections_that_an_anchor_allows(token: str, anchor: str) -> None:
+    changes = {"algorithm__correction__token": TokenCorrection(token), "algorithm__anchor": Anchor(anchor)}
+    assert problems_with(**changes) == []
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -216,10 +264,11 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_world_size_counts_ranks() -> None:
     config = minimal()
     config.parallel.tensor_parallel_size = 2
+    config.parallel.context_parallel_size = 5
     config.parallel.pipeline_parallel_size = 3
     config.parallel.data_parallel_size = 4
     config.parallel.expert_parallel_size = 8
-    assert config.parallel.world_size == 24
+    assert config.parallel.world_size == 120
 
 
 def test_enum_names_are_their_values() -> None:

@@ -65,7 +65,9 @@ def _three_tokens(logpi: float, logmu: float, dtype: torch.dtype) -> LossTokens:
 
 @pytest.mark.parametrize("loss", EVERY_LOSS)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-@pytest.mark.parametrize("log_ratio", [LOG_RATIO_MAX - 1, LOG_RATIO_MAX, LOG_RATIO_MAX + 1, 300.0, -60.0])
+@pytest.mark.parametrize(
+    "log_ratio", [LOG_RATIO_MAX - 1, LOG_RATIO_MAX, LOG_RATIO_MAX + 1, 300.0, -60.0, -300.0]
+)
 def test_closed_form_is_the_gradient_at_and_beyond_the_clamp(
     loss: Loss,
     dtype: torch.dtype,

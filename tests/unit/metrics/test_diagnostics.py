@@ -144,25 +144,20 @@ def make_tokens(num_tokens: int, *, seed: int = 0, recomputed: bool = False) -> 
 
 
 def part_of(tokens: LossTokens, entropy_N: Tensor, part: slice) -> tuple[LossTokens, Tensor]:
-    assert tokens.ref_logprobs_N is not None
-    part_tokens = LossTokens(
-        logprobs_N=tokens.logprobs_N[part],
-        anchor_logprobs_N=tokens.anchor_logprobs_N[part],
-        rollout_logprobs_N=tokens.rollout_logprobs_N[part],
-        advantages_N=tokens.advantages_N[part],
-        ref_logprobs_N=tokens.ref_logprobs_N[part],
+    columns = ("logprobs", "anchor_logprobs", "rollout_logprobs", "advantages", "ref_logprobs")
+    parts = {f"{name}_N": getattr(tokens, f"{name}_N")[part] for name in columns}
+    return LossTokens(**parts), entropy_N[part]
+
+
+def rollout_tokens(logpi_N: Tensor, logmu_N: Tensor, advantages_N: Tensor) -> LossTokens:
+    return LossTokens(
+        logprobs_N=logpi_N, anchor_logprobs_N=logmu_N, rollout_logprobs_N=logmu_N, advantages_N=advantages_N
     )
-    return part_tokens, entropy_N[part]
 
 
 def rows_of(tokens: LossTokens, entropy_N: Tensor) -> list[Row]:
     assert tokens.ref_logprobs_N is not None
-    logprobs = (
-        tokens.logprobs_N,
-        tokens.anchor_logprobs_N,
-        tokens.rollout_logprobs_N,
-        tokens.ref_logprobs_N,
-    )
+    logprobs = (tokens.logprobs_N, tokens.anchor_logprobs_N, tokens.rollout_logprobs_N, tokens.ref_logprobs_N)
     probs = [[math.exp(x) for x in column.tolist()] for column in logprobs]
     return [Row(*row) for row in zip(*probs, tokens.advantages_N.tolist(), entropy_N.tolist(), strict=True)]
 
@@ -298,12 +293,7 @@ def test_edges_belong_to_the_lower_bucket_and_mu_above_one_to_the_last() -> None
     edges = torch.tensor(MU_BUCKET_EDGES, dtype=torch.float64)
     above = edges * (1 + 1e-9)
     logmu_N = torch.cat([edges * (1 - 1e-9), above, torch.tensor([1e-30], dtype=torch.float64)]).log()
-    tokens = LossTokens(
-        logprobs_N=logmu_N,
-        anchor_logprobs_N=logmu_N,
-        rollout_logprobs_N=logmu_N,
-        advantages_N=torch.ones(15),
-    )
+    tokens = rollout_tokens(logmu_N, logmu_N, torch.ones(15))
     metrics = summarise(compute_diagnostics(tokens, torch.zeros(15), Objective(loss=DRPO)))
     counts = [2, 2, 2, 2, 2, 2, 3]
     assert metrics["mu_bucket/token_share"] == pytest.approx([count / 15 for count in counts])
@@ -321,12 +311,8 @@ def test_edges_belong_to_the_lower_bucket_and_mu_above_one_to_the_last() -> None
 )
 def test_extreme_weights_fall_into_the_outer_bins(loss: Loss, bins: dict[int, int]) -> None:
     logmu_N = torch.tensor([0.1, 0.1, 0.5]).log()
-    tokens = LossTokens(
-        logprobs_N=torch.tensor([0.9, 0.9, 0.5]).log(),
-        anchor_logprobs_N=logmu_N,
-        rollout_logprobs_N=logmu_N,
-        advantages_N=torch.tensor([1.0, -1.0, 1.0]),
-    )
+    logpi_N = torch.tensor([0.9, 0.9, 0.5]).log()
+    tokens = rollout_tokens(logpi_N, logmu_N, torch.tensor([1.0, -1.0, 1.0]))
     metrics = summarise(compute_diagnostics(tokens, torch.zeros(3), Objective(loss=loss)))
     histogram, by_bucket = metrics["trust_region/w_histogram"], metrics["mu_bucket/w_histogram"]
     assert isinstance(histogram, list)

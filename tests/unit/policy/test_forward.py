@@ -154,7 +154,9 @@ def test_one_pass_and_recompute_give_the_same_gradients(
         assert (gradient - others[name]).norm() <= 1e-5 * others[name].norm(), name
 
 
-def test_sequence_losses_are_recomputed(build_policy: BuildPolicy, policy_config: Callable[..., Config]) -> None:
+def test_sequence_losses_are_recomputed(
+    build_policy: BuildPolicy, policy_config: Callable[..., Config]
+) -> None:
     policy = build_policy(policy_config("dense"))
     assert policy.forward_settings.one_pass
     policy.objective = build_objective(AlgorithmConfig(loss=LossConfig(name="gspo")))

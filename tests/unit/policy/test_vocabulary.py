@@ -57,3 +57,10 @@ def test_combination_of_three_ranks_by_hand() -> None:
     combined = combine(statistics_RNS)
     expected = [5.0, 1.75 * log2, -3 * log2, -log2, 0, -2 * log2]
     assert [float(x.squeeze()) for x in combined] == pytest.approx(expected, abs=1e-14)
+
+
+def test_of_equal_largest_logits_the_lowest_id_wins_across_ranks() -> None:
+    """Rank 0 has its largest, 7, at id 3; rank 1 the same at id 5."""
+    first, second = [8.0, 0.5, 1.0, 7.0, 3.0], [8.0, 0.5, -math.inf, 7.0, 5.0]
+    assert combine(torch.tensor([[first], [second]])).argmax_N.tolist() == [3]
+    assert combine(torch.tensor([[first], [[*second[:3], 7.5, 5.0]]])).argmax_N.tolist() == [5]

@@ -8,8 +8,6 @@ from megatron_drpo.config import RewardConfig
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.rewards.exact import exact_match
 from megatron_drpo.rewards.functions import (
-    Failure,
-    call_guarded,
     check_reward,
     load_reward_function,
     needs_answer,
@@ -59,10 +57,3 @@ def test_problems_name_the_value_and_the_rule(write_module: WriteModule, name: s
     assert sentence.startswith(f"reward.name={name}: ")
     with pytest.raises(ConfigError, match=problem):
         load_reward_function(name)
-
-
-def test_guarded_call_says_what_and_where() -> None:
-    assert call_guarded(divmod, 7, 2) == (3, 1)
-    failure = call_guarded(int, "seven")
-    assert isinstance(failure, Failure)
-    assert failure.reason.startswith("ValueError: invalid literal for int() with base 10: 'seven' (")
