@@ -28,8 +28,8 @@ from megatron_drpo.config import (
 
 # ------------------------------------------------------------------------------------ rows: objectives
 
-_LOSS = LossConfig(mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
-"""Every bound at a value of its own; delta 0.1, epsilon 0.2, mask_high 0.15, clip_low 0.2 by default."""
+_LOSS = LossConfig(epsilon=0.4, mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
+"""Every bound at a value of its own; delta 0.1, mask_high 0.15, clip_low 0.2 by default."""
 
 LOSSES = (
     "drpo",

@@ -82,7 +82,7 @@ def write_models(kind: str, folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
-        model.get_output_embeddings().weight[::7] *= 3.0
+        model.get_output_embeddings().weight[::7] *= 2.5
         for name in ("policy", "reference"):
             model.save_pretrained(folder / name)
             write_tokenizer(folder / name)
@@ -144,12 +144,12 @@ def _draw_token(
     logprobs: Tensor, uniform: Callable[[float, float], float], generator: torch.Generator
 ) -> tuple[int, float]:
     """(token, log mu): any token, a sampled one or the most probable one, with mu near pi or far from it; or
-    one with a tiny probability and mu near 1e-8, the ratio at most 20, lest it be all of the loss."""
+    one with a tiny probability and mu near 1e-8, the ratio at most 3.3, lest it be all of the loss."""
     kind = uniform(0, 1)
     if kind < 0.05:
         tiny = math.log(1e-8)
         token = int((logprobs - tiny - uniform(-2, 2)).abs().argmin())
-        return token, max(tiny + uniform(-0.1, 0.1), float(logprobs[token]) - 3)
+        return token, max(tiny + uniform(-0.1, 0.1), float(logprobs[token]) - 1.2)
     if kind < 0.2:
         token = int(torch.randint(0, VOCAB_SIZE, (), generator=generator))
     elif kind < 0.6:
