@@ -28,7 +28,7 @@ from megatron_drpo.config import (
 
 # ------------------------------------------------------------------------------------ rows: objectives
 
-_LOSS = LossConfig(epsilon=0.4, mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
+_LOSS = LossConfig(epsilon=0.8, mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
 """Every bound at a value of its own; delta 0.1, mask_high 0.15, clip_low 0.2 by default."""
 
 LOSSES = (
@@ -80,7 +80,7 @@ ROWS: dict[str, AlgorithmConfig] = {
     "drpo, recomputed anchor, IcePop": _row(
         "drpo", anchor=Anchor.recomputed, correction=CorrectionConfig(token=TokenCorrection.icepop)
     ),
-    "spo, MIS": _row("spo", correction=CorrectionConfig(token=TokenCorrection.mis)),
+    "cispo, MIS": _row("cispo", correction=CorrectionConfig(token=TokenCorrection.mis)),
     "mask_drpo, OPSM, sequence mask": _row(
         "mask_drpo", correction=CorrectionConfig(sequence_low=0.9, sequence_high=1.1, opsm_delta=0.03)
     ),

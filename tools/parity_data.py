@@ -36,7 +36,7 @@ from tools.reference_objective import (
 )
 from tools.tiny_model import write_tokenizer
 
-NUM_SEQUENCES = 16
+NUM_SEQUENCES = 20
 NUM_TOPK = 5
 MARGIN = 1e-4
 """Least distance from every threshold: probabilities, ratios and w absolute, a router's logits likewise."""
@@ -52,10 +52,10 @@ _SHAPE: dict[str, Any] = {
     "head_dim": 8,
     "intermediate_size": 48,
     "max_position_embeddings": 128,
-    "initializer_range": 0.2,
+    "initializer_range": 0.15,
 }
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("qwen3", {"tie_word_embeddings": True}),
+    "dense": ("qwen3", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
     "moe": (
         "qwen3_moe",
         {
@@ -77,12 +77,15 @@ def write_models(kind: str, folder: Path) -> None:
     """
     model_type, fields = _MODELS[kind]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **_SHAPE, **fields)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_SHAPE | fields))).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
-        model.get_output_embeddings().weight[::7] *= 2.5
+        if not model.config.tie_word_embeddings:
+            model.get_input_embeddings().weight.mul_(4.0)
+        head = model.get_output_embeddings().weight.mul_(1.3)
+        head[::7] *= 2.4
         for name in ("policy", "reference"):
             model.save_pretrained(folder / name)
             write_tokenizer(folder / name)
@@ -127,7 +130,7 @@ def _draw_sequence(id_: int, policy: ReferenceModel, generator: torch.Generator)
         rollout_logprobs.append(logmu)
         topk_ids.append(top.indices)
         topk_logprobs.append(top.values)
-    advantage = (1 if id_ % 2 else -1) * uniform(0.2, 1.5)
+    advantage = (1 if id_ % 3 else -1) * uniform(0.4, 2.0)
     return TrainSequence(
         id=id_,
         token_ids=torch.tensor(token_ids),
@@ -143,20 +146,22 @@ def _draw_sequence(id_: int, policy: ReferenceModel, generator: torch.Generator)
 def _draw_token(
     logprobs: Tensor, uniform: Callable[[float, float], float], generator: torch.Generator
 ) -> tuple[int, float]:
-    """(token, log mu): any token, a sampled one or the most probable one, with mu near pi or far from it; or
-    one with a tiny probability and mu near 1e-8, the ratio at most 3.3, lest it be all of the loss."""
+    """(token, log mu): any token, a sampled one or the most probable one, with mu near pi, far from it or almost
+    1; or one with a tiny probability and mu near 1e-8, the ratio at most 2, lest it be all of the loss."""
     kind = uniform(0, 1)
     if kind < 0.05:
         tiny = math.log(1e-8)
         token = int((logprobs - tiny - uniform(-2, 2)).abs().argmin())
-        return token, max(tiny + uniform(-0.1, 0.1), float(logprobs[token]) - 1.2)
+        return token, max(tiny + uniform(-0.1, 0.1), float(logprobs[token]) - 0.7)
     if kind < 0.2:
         token = int(torch.randint(0, VOCAB_SIZE, (), generator=generator))
     elif kind < 0.6:
         token = int(torch.multinomial(logprobs.exp(), 1, generator=generator))
     else:
         token = int(logprobs.argmax())
-    spread = 0.1 if uniform(0, 1) < 0.5 else 0.6
+        if kind > 0.9 and logprobs[token] > math.log(0.2):
+            return token, -uniform(0.002, 0.1)
+    spread = 0.1 if uniform(0, 1) < 0.5 else 0.32
     noise = spread * float(torch.randn((), generator=generator))
     return token, min(float(logprobs[token]) + noise, -uniform(0.001, 0.2))
 
