@@ -25,27 +25,12 @@ from megatron_drpo.config import (
     PolicyConfig,
     TokenCorrection,
 )
+from megatron_drpo.losses.registry import LOSSES
 
 # ------------------------------------------------------------------------------------ rows: objectives
 
 _LOSS = LossConfig(epsilon=0.8, mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
 """Every bound at a value of its own; delta 0.1, mask_high 0.15, clip_low 0.2 by default."""
-
-LOSSES = (
-    "drpo",
-    "drpo_unweighted",
-    "mask_drpo",
-    "spo",
-    "spo_unweighted",
-    "dppo_binary_tv",
-    "dppo_binary_kl",
-    "dppo_topk_tv",
-    "dppo_topk_kl",
-    "grpo",
-    "gspo",
-    "cispo",
-    "surrogate",
-)
 
 
 def _row(loss: str, **algorithm: Any) -> AlgorithmConfig:

@@ -30,8 +30,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from megatron_drpo.config import Anchor, KlConfig
-from tools.parity_cases import LAYOUTS, ROWS, Case, build_config, full_product, pairwise
+from megatron_drpo.config import Anchor
+from tools.parity_cases import LAYOUTS, Case, build_config, full_product, pairwise
 from tools.parity_data import load_sequences, write_reference
 
 LIMITS = {"loss": 1e-6, "gradient": 1e-5, "metric": 1e-5}
@@ -116,7 +116,7 @@ def _run_layout(
         start = time.perf_counter()
         found = _run_case(policy, case, folder, sequences)
         if parallel.is_main:
-            outcomes.append(_compare(case, found, results[case.row], time.perf_counter() - start))
+            outcomes.append(compare(case, found, results[case.row], time.perf_counter() - start))
         if report is not None:
             report(number)
     return outcomes
@@ -143,7 +143,8 @@ def _run_case(policy: Any, case: Case, folder: Path, sequences: list[Any]) -> di
     return {"loss": loss, "gradients": gather_gradients(policy), "metrics": summarise(diagnostics)}
 
 
-def _compare(case: Case, found: dict[str, Any], expected: dict[str, Any], seconds: float) -> Outcome:
+def compare(case: Case, found: dict[str, Any], expected: dict[str, Any], seconds: float) -> Outcome:
+    """Hold what one rank gathered against the reference."""
     assert found["gradients"].keys() == expected["gradients"].keys()
     missing = found["metrics"].keys() ^ expected["metrics"].keys()
     assert not missing, f"{case}: metrics on one side only: {sorted(missing)}"
@@ -230,23 +231,26 @@ def worst_outcomes(outcomes: list[Outcome]) -> dict[tuple[str, str], Outcome]:
     return worst
 
 
+def _worst(outcomes: list[Outcome], figure: str) -> Outcome:
+    return max(outcomes, key=lambda outcome: outcome.figures[figure])
+
+
 def summary_lines(outcomes: list[Outcome], command: str) -> list[str]:
     """What was run, with what, and the worst of each figure."""
     cases = [outcome.case for outcome in outcomes]
     lines = [
         "Each cell: the worst figure of its cases in units of its limit (1 = at the limit).",
-        "Limits: "
-        f"loss {LIMITS['loss']:.0e} of mean |term|; each gradient tensor {LIMITS['gradient']:.0e} in relative "
-        f"norm; each metric {LIMITS['metric']:.0e} of max(1, |value|).",
+        f"Limits: loss {LIMITS['loss']:.0e} of mean |term|; each gradient tensor {LIMITS['gradient']:.0e} in "
+        f"relative norm; each metric {LIMITS['metric']:.0e} of max(1, |value|).",
         f"{len(cases)} cases: {len({c.row for c in cases})} objectives, {len({c.layout for c in cases})} "
         f"layouts, {len({c.split for c in cases})} splits into micro-batches, "
         f"{len({c.mode for c in cases})} modes of the logprob op; fp32 against float64.",
     ]
-    for name, what in (("loss", ""), ("gradient", "worst_tensor"), ("metric", "worst_metric")):
-        worst = max(outcomes, key=lambda o: o.figures[name])  # noqa: B023  used within the iteration
-        where = f", {getattr(worst, what)}" if what else ""
+    for name in LIMITS:
+        worst = _worst(outcomes, name)
+        what = {"loss": "", "gradient": f", {worst.worst_tensor}", "metric": f", {worst.worst_metric}"}[name]
         lines.append(
-            f"Worst {name}: {worst.figures[name]:.1e} ({worst.case.row}; {worst.case.layout}{where})."
+            f"Worst {name}: {worst.figures[name]:.1e} ({worst.case.row}; {worst.case.layout}{what})."
         )
     versions = [f"{package} {version(package)}" for package in ("megatron-core", "torch")]
     lines.append(f"{', '.join(versions)}, Python {host.python_version()}, gloo. `{command}`")
@@ -309,7 +313,7 @@ def describe(outcome: Outcome) -> str:
 def main(arguments: argparse.Namespace) -> int:
     """Exit status: 1 if a figure exceeds its limit or the time limit has passed."""
     select = pairwise if arguments.pairwise else full_product
-    cases = select(arguments.losses or list(ROWS), arguments.layouts or list(LAYOUTS))
+    cases = select(arguments.losses, arguments.layouts)
     command = " ".join(["python", *sys.argv])
     try:
         outcomes = run_matrix(cases, arguments.time_limit_s)

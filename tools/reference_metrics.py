@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ W_EDGES = (-torch.inf, *(tenths / 10 for tenths in range(-10, 31)), torch.inf)
 def gradient_weight(t: Tokens, algorithm: AlgorithmConfig) -> Tensor:
     """[N]: w = dL/dlogpi / (-A r) of the loss alone, by autograd.
 
-    Rounded to 1e-12: w is exactly 0, or exactly 1, for most tokens of most losses, and both are edges of bins.
+    Rounded to 1e-12: w is exactly 0 or exactly 1 for most tokens of most losses, and both are edges of bins.
     """
     logpi = t.logpi.detach().requires_grad_()
     with torch.enable_grad():
@@ -38,21 +39,20 @@ def compute_metrics(t: Tokens, weight: Tensor, algorithm: AlgorithmConfig) -> di
     """All metrics by name; those by bucket of mu are lists, each entry over the bucket's tokens."""
     mu = t.rollout.exp()
     per_token = _per_token(t, weight, algorithm)
+    inside = [(mu > low) & (mu <= high) for low, high in itertools.pairwise(BUCKET_EDGES)]
     whole = _summary(per_token, torch.ones_like(mu, dtype=torch.bool))
-    edges = zip(BUCKET_EDGES, BUCKET_EDGES[1:], strict=False)
-    buckets = [_summary(per_token, (mu > low) & (mu <= high)) for low, high in edges]
+    buckets = [_summary(per_token, chosen) for chosen in inside]
     result: dict[str, float | list[float]] = dict(whole)
     for name in whole:
         result[f"mu_bucket/{name.partition('/')[2]}"] = [bucket[name] for bucket in buckets]
-    inside = [(mu > low) & (mu <= high) for low, high in zip(BUCKET_EDGES, BUCKET_EDGES[1:], strict=False)]
-    result["mu_bucket/token_share"] = [bucket.double().mean().item() for bucket in inside]
+    result["mu_bucket/token_share"] = [chosen.double().mean().item() for chosen in inside]
     result["trust_region/w_histogram"] = _histogram(weight)
-    result["mu_bucket/w_histogram"] = [count for bucket in inside for count in _histogram(weight[bucket])]
+    result["mu_bucket/w_histogram"] = [count for chosen in inside for count in _histogram(weight[chosen])]
     return result
 
 
 def _per_token(t: Tokens, weight: Tensor, algorithm: AlgorithmConfig) -> dict[str, Tensor]:
-    """[N] by metric; the suffix says how it is summarised: _max, else the mean."""
+    """[N] by metric, see `_summarise`."""
     moves = t.advantage * (t.r - 1)
     engine_gap = (t.logmu - t.rollout).abs()
     values = {
@@ -101,5 +101,5 @@ def _summarise(name: str, values: Tensor) -> Tensor:
 
 
 def _histogram(weight: Tensor) -> list[float]:
-    edges = zip(W_EDGES, W_EDGES[1:], strict=False)
+    edges = itertools.pairwise(W_EDGES)
     return [float(((weight >= low) & (weight < high)).sum()) for low, high in edges]

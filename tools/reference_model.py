@@ -63,7 +63,7 @@ class ReferenceModel:
         return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.parameters[f"{name}.weight"]
 
     def _attention(self, x_LH: Tensor, prefix: str) -> Tensor:
-        """Causal; queries and keys are normalised per head and rotated; N / G query heads share a key head."""
+        """Causal; queries and keys are normalised per head, then rotated; N / G queries share a key head."""
         length = len(x_LH)
         q_LND = self._linear(x_LH, f"{prefix}q_proj").view(length, self.num_heads, self.head_dim)
         k_LGD = self._linear(x_LH, f"{prefix}k_proj").view(length, self.num_groups, self.head_dim)

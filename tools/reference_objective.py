@@ -65,6 +65,9 @@ class Tokens:
 
 # ------------------------------------------------------------------------------------------- losses
 
+Loss = Callable[[Tokens, LossConfig], Tensor]
+"""A number per token."""
+
 
 def _kl_binary(t: Tokens) -> Tensor:
     return t.mu * (t.mu / t.pi).log() + (1 - t.mu) * ((1 - t.mu) / (1 - t.pi)).log()
@@ -121,9 +124,6 @@ def _dppo(divergence: Callable[[Tokens], Tensor], change: Callable[[Tokens], Ten
         return -t.advantage * ratio * mask * t.logpi
 
     return value
-
-
-Loss = Callable[[Tokens, LossConfig], Tensor]
 
 
 def _from_anchor(t: Tokens) -> Tensor:

@@ -15,7 +15,6 @@ from megatron_drpo.hf_io import HfWriter
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.sharded import LocalShard, iter_local_shards
 
-
 TensorOf = Callable[[torch.Tensor], torch.Tensor]
 """A tensor of a parameter's shape that belongs to it, such as its gradient."""
 
