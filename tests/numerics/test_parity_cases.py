@@ -38,9 +38,9 @@ def test_every_loss_of_the_registry_is_a_row_and_has_a_reference() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_is_a_valid_configuration(row: str, tmp_path: object) -> None:
+def test_every_row_is_a_valid_configuration(row: str, tmp_path: Path) -> None:
     """`build_config` raises otherwise; here only that it keeps the row's numbers."""
-    config = build_config(Case(row, "TP2xPP2xEP2", "many", LogprobMode.one_pass), str(tmp_path))
+    config = build_config(Case(row, "TP2xPP2xEP2", "many", LogprobMode.one_pass), tmp_path)
     assert config.algorithm.loss == ROWS[row].loss
     assert config.parallel.world_size == 4
 
