@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,9 +39,9 @@ def test_every_loss_of_the_registry_is_a_row_and_has_a_reference() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_is_a_valid_configuration(row: str, tmp_path: object) -> None:
+def test_every_row_is_a_valid_configuration(row: str, tmp_path: Path) -> None:
     """`build_config` raises otherwise; here only that it keeps the row's numbers."""
-    config = build_config(Case(row, "TP2xPP2xEP2", "many", LogprobMode.one_pass), str(tmp_path))
+    config = build_config(Case(row, "TP2xPP2xEP2", "many", LogprobMode.one_pass), tmp_path)
     assert config.algorithm.loss == ROWS[row].loss
     assert config.parallel.world_size == 4
 
@@ -98,12 +99,5 @@ def test_markdown_shows_the_worst_case_of_each_cell() -> None:
     good, bad = outcome(), outcome(loss=0.5 + 1e-6)
     other = replace(good, case=replace(CASE, layout="CP2"))
     table = markdown([good, bad, other], "command").splitlines()
-    assert table[:3] == [
-        "| objective | DP2 | CP2 |",
-        "|---|---|---|",
-        f"| drpo | 0.50 | {_share(good):.2f} |",
-    ]
-
-
-def _share(found: Outcome) -> float:
-    return found.share_of_limit
+    worst_of_good = f"{good.share_of_limit:.2f}"
+    assert table[:3] == ["| objective | DP2 | CP2 |", "|---|---|---|", f"| drpo | 0.50 | {worst_of_good} |"]
