@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -9,10 +10,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import Config, Mode
+from megatron_drpo.config import Config
 from megatron_drpo.context_parallel import split_context_parallel
 from megatron_drpo.losses.aggregation import compute_token_weights, count_loss
-from megatron_drpo.losses.registry import build_loss
 from megatron_drpo.packing import pack_global_batch, plan_micro_batches
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
@@ -49,8 +49,10 @@ class _Counts:
 
 
 def _split(sequences: list[TrainSequence], num_updates: int) -> list[list[TrainSequence]]:
-    share = len(sequences) // num_updates
-    return [sequences[update * share : (update + 1) * share] for update in range(num_updates)]
+    """Consecutive parts whose sizes differ by at most one, the first one not the smaller. Where there are
+    fewer sequences than updates, some updates have none."""
+    bounds = [-(-len(sequences) * update // num_updates) for update in range(num_updates + 1)]
+    return [sequences[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def _agree(config: Config, parallel: ParallelState, shares: list[list[TrainSequence]]) -> list[_Counts]:
@@ -87,6 +89,7 @@ def _pack_share(
         max_tokens=config.policy.max_tokens_per_micro_batch,
         pad_to_multiple=policy.parallel.pad_to_multiple,
         pad_sequences_to=policy.parallel.pad_sequences_to,
-        num_topk=0 if config.train.mode is Mode.sft else build_loss(config.algorithm.loss).num_topk,
-        num_micro_batches=policy.round_up_micro_batches(counts.micro_batches),
+        num_topk=policy.objective.loss.num_topk,
+        # The schedule needs one, also where no replica has a sequence.
+        num_micro_batches=policy.round_up_micro_batches(max(counts.micro_batches, 1)),
     )

@@ -11,8 +11,15 @@ import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, Mode
+from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
-from megatron_drpo.experience import Evaluator, Experience, ExperienceSource, PromptShare, SampleStatistics
+from megatron_drpo.experience import (
+    MAXIMA,
+    Evaluator,
+    Experience,
+    ExperienceSource,
+    SampleStatistics,
+)
 from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
@@ -217,10 +224,13 @@ class Trainer:
             mean = total.reward_sum / count
             metrics["reward/mean"] = mean
             metrics["reward/std"] = math.sqrt(max(total.reward_square_sum / count - mean * mean, 0.0))
+            if self.config.algorithm.dynamic_sampling.enabled:
+                metrics["rollout/num_rounds"] = total.num_rounds
+                metrics["rollout/groups_dropped_share"] = total.num_groups_dropped / max(total.num_groups, 1)
         return metrics
 
     def _sum(self, statistics: SampleStatistics) -> SampleStatistics:
-        """Over all replicas' leaders; length_max by maximum."""
+        """Over all replicas' leaders; `MAXIMA` by maximum."""
         parallel = self.policy.parallel
         values = torch.tensor(astuple(statistics), dtype=torch.float64, device=parallel.device)
         gathered = [torch.empty_like(values) for _ in range(parallel.data_size)]
@@ -228,7 +238,8 @@ class Trainer:
         table = torch.stack(gathered)
         names = [f.name for f in fields(SampleStatistics)]
         total = SampleStatistics(**dict(zip(names, table.sum(0).tolist(), strict=True)))
-        total.length_max = float(table[:, names.index("length_max")].max())
+        for name in MAXIMA:
+            setattr(total, name, float(table[:, names.index(name)].max()))
         return total
 
     def _update_metrics(self, updates: list[UpdateResult]) -> Metrics:

@@ -122,7 +122,9 @@ def _draw_sequence(id_: int, policy: ReferenceModel, generator: torch.Generator)
 
     prompt_length, num_response = int(uniform(1, 8)), int(uniform(1, 30) if id_ else 1)
     token_ids = torch.randint(0, VOCAB_SIZE, (prompt_length,), generator=generator).tolist()
-    rollout_logprobs, topk_ids, topk_logprobs = [], [], []
+    rollout_logprobs: list[float] = []
+    topk_ids: list[torch.Tensor] = []
+    topk_logprobs: list[torch.Tensor] = []
     for _ in range(num_response):
         logits = policy.logits(torch.tensor(token_ids))[-1]
         token, logmu = _draw_token(logits.log_softmax(0), uniform, generator)

@@ -200,7 +200,11 @@ def run_matrix(cases: list[Case], time_limit_s: float) -> list[Outcome]:
         _join(mp.spawn(_write_references, (models, folder, rows), len(models), join=False), deadline)
         _join(mp.spawn(run_rank, (folder, cases), num_ranks, join=False), deadline)
         saved = json.loads(Path(folder, "outcomes.json").read_text())
-    return [Outcome(**{**values, "case": Case(**values["case"])}) for values in saved]
+    return [_outcome(values) for values in saved]
+
+
+def _outcome(values: dict[str, Any]) -> Outcome:
+    return Outcome(**(values | {"case": Case(**values["case"])}))
 
 
 def _write_references(number: int, models: list[str], folder: str, rows: list[str]) -> None:

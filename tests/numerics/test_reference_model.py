@@ -49,7 +49,8 @@ def test_gradients_are_differences(hf_model: Callable[[str], Path], kind: str) -
     generator = torch.Generator().manual_seed(1)
     token_ids = torch.randint(0, 101, (100,), generator=generator)
     direction = torch.randn(100, 101, generator=generator, dtype=torch.float64)
-    gradients = torch.autograd.grad((model.logits(token_ids) * direction).sum(), model.parameters.values())
+    leaves = list(model.parameters.values())
+    gradients = torch.autograd.grad((model.logits(token_ids) * direction).sum(), leaves)
     for (name, parameter), gradient in zip(model.parameters.items(), gradients, strict=True):
         assert parameter.is_leaf, name
         assert parameter.dtype == torch.float64, name
