@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_drpo.checkpoint import check_checkpoint
-from megatron_drpo.config import Config, Mode
+from megatron_drpo.config import Advantage, Config, LogprobMode, Mode, Overlong
 from megatron_drpo.data.jsonl import check_prompt_file
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
-from megatron_drpo.losses.registry import build_loss, check_loss
+from megatron_drpo.losses.objective import build_objective
+from megatron_drpo.losses.registry import check_loss
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.policy.model import check_megatron_overrides
@@ -28,7 +29,8 @@ def check_config(config: Config) -> list[str]:
         problems.append(f"policy.model_path: {error}")
     problems += _check_data(config)
     if config.train.mode is Mode.rl:
-        problems += check_loss(config.algorithm.loss)
+        problems += _check_objective(config, architecture)
+        problems += _check_groups(config)
         problems += check_reward(config.reward)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
         problems.append(f"checkpoint.load_path={config.checkpoint.load_path}: no such folder")
@@ -41,13 +43,71 @@ def warn_config(config: Config) -> list[str]:
     """Settings that are allowed but hardly meant, as sentences."""
     warnings = []
     if config.train.mode is Mode.rl:
-        warnings += build_loss(config.algorithm.loss).warnings()
+        warnings += build_objective(config.algorithm).warnings()
         if config.rollout.top_p < 1 or config.rollout.top_k != -1:
             warnings.append(
                 f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: tokens are "
                 "drawn from a truncated distribution, but rollout_logprobs are those of the full one"
             )
+        if config.algorithm.dynamic_sampling.enabled and config.algorithm.advantage is Advantage.uncentred:
+            warnings.append(
+                "algorithm.dynamic_sampling.enabled=True with algorithm.advantage=uncentred: groups of equal "
+                "rewards are dropped, though uncentred advantages would learn from them"
+            )
     return warnings
+
+
+def _check_objective(config: Config, architecture: ArchitectureConfig | None) -> list[str]:
+    """Of the loss, how it is computed, and the reference policy."""
+    problems = check_loss(config.algorithm.loss)
+    if problems:
+        return problems
+    objective = build_objective(config.algorithm)
+    if objective.needs_sequences and config.policy.logprob_mode is LogprobMode.one_pass:
+        problems.append(
+            "policy.logprob_mode=one_pass: the loss or a correction needs whole sequences, so gradients "
+            "are not known chunk by chunk; use auto or recompute"
+        )
+    num_topk = objective.loss.num_topk
+    if architecture is not None and num_topk > architecture.vocab_size:
+        problems.append(
+            f"algorithm.loss.num_topk={num_topk}: must not exceed the model's vocab_size, "
+            f"{architecture.vocab_size}"
+        )
+    path = config.algorithm.kl.reference_path
+    if objective.kl is None or path is None or architecture is None:
+        return problems
+    try:
+        if _read_architecture(path) != architecture:
+            problems.append(
+                f"algorithm.kl.reference_path={path}: another architecture than policy.model_path has"
+            )
+    except ModelError as error:
+        problems.append(f"algorithm.kl.reference_path: {error}")
+    return problems
+
+
+def _check_groups(config: Config) -> list[str]:
+    """Of rewards and advantages within a group."""
+    problems = []
+    num_samples, advantage = config.rollout.num_samples_per_prompt, config.algorithm.advantage
+    if num_samples == 1 and config.algorithm.dynamic_sampling.enabled:
+        problems.append(
+            "algorithm.dynamic_sampling.enabled=True needs rollout.num_samples_per_prompt of at least 2: the "
+            "rewards of one sample are always equal, so every group would be dropped"
+        )
+    if num_samples == 1 and advantage is not Advantage.uncentred:
+        problems.append(
+            f"rollout.num_samples_per_prompt=1 with algorithm.advantage={advantage}: a sample that is its "
+            "own baseline has advantage 0, so nothing would be learned; take at least 2, or uncentred"
+        )
+    reward, limit = config.reward, config.rollout.max_response_tokens
+    if reward.overlong is Overlong.soft_penalty and reward.overlong_buffer_tokens > limit:
+        problems.append(
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens}: must not exceed "
+            f"rollout.max_response_tokens={limit}, or the shortest response is penalised"
+        )
+    return problems
 
 
 def _read_architecture(model_path: str) -> ArchitectureConfig:

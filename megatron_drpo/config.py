@@ -397,7 +397,8 @@ class PolicyConfig:
     dtype: Dtype = Dtype.bf16
     """Parameters and activations. Main parameters, gradients and optimizer state are fp32 either way."""
     max_tokens_per_micro_batch: int = 8192
-    """Token budget of one packed forward; a longer sequence gets a micro-batch of its own."""
+    """Token budget of one packed forward, of all context-parallel ranks together; a longer sequence gets a
+    micro-batch of its own."""
     recompute: Recompute = Recompute.none
     """Recompute activations in the backward pass: nothing, the attention core, or every layer."""
     logprob_mode: LogprobMode = LogprobMode.auto

@@ -7,7 +7,8 @@ Everything here runs on the replica's leader alone. `RolloutExperience` samples 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,14 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_drpo.advantages import compute_advantages
 from megatron_drpo.config import Config
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare
+from megatron_drpo.dynamic_sampling import ScoredGroup, fill_share
+from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.metrics.rollout_dump import RolloutRecord, build_record
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.rewards.control import shuffle_rewards
 from megatron_drpo.rewards.overlong import compute_overlong
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.engine import RolloutEngine
-from megatron_drpo.types import FinishReason, Prompt, Rollout, RolloutGroup, TrainSequence
+from megatron_drpo.sequences import build_sequences, describe_prompt
+from megatron_drpo.types import FinishReason, Prompt, RolloutGroup, TrainSequence
 
 EVAL_SEED_STEP = -1
 """Evaluations draw from their own seeds, the same ones every time, so that they differ by the policy only."""
@@ -31,7 +35,7 @@ EVAL_SEED_STEP = -1
 
 @dataclass(slots=True, kw_only=True)
 class SampleStatistics:
-    """Sums over samples, to be added up over replicas."""
+    """Of all responses sampled, to be added up over replicas, but for `MAXIMA`."""
 
     num_samples: float = 0.0
     reward_sum: float = 0.0
@@ -40,6 +44,15 @@ class SampleStatistics:
     num_truncated: float = 0.0
     num_prompt_tokens: float = 0.0
     length_max: float = 0.0
+    num_groups: float = 0.0
+    """Sampled, as the next two with dynamic sampling only."""
+    num_groups_dropped: float = 0.0
+    """Because their rewards were all equal."""
+    num_rounds: float = 0.0
+
+
+MAXIMA = ("length_max", "num_rounds")
+"""Fields of SampleStatistics whose total over replicas is the maximum."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,42 +72,28 @@ class ExperienceSource(Protocol):
     def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience: ...
 
 
-class PromptShare:
-    """Hands out this replica's prompts of each step: every data_size-th, so that the groups of an update are
-    the same set whatever the number of replicas."""
-
-    def __init__(self, source: PromptSource, num_prompts: int, rank: int, size: int) -> None:
-        self.source = source
-        self._num_prompts = num_prompts
-        self._rank = rank
-        self._size = size
-        self._handed_out: list[int] = []
-
-    def next(self) -> list[Prompt]:
-        prompts = self.source.next_batch(self._num_prompts)
-        self._handed_out = [prompt.id for prompt in prompts]
-        return prompts[self._rank :: self._size]
-
-    def mark_consumed(self) -> None:
-        """The step is done: its prompts count."""
-        self.source.mark_consumed(self._handed_out)
-        self._handed_out = []
-
-
 class DemonstrationExperience:
     """train.mode=sft: prompt + `response` + end-of-sequence."""
 
-    def __init__(self, share: PromptShare, tokenizer: PreTrainedTokenizerBase, eos_token_id: int) -> None:
+    def __init__(
+        self, share: PromptShare, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, *, vocab_size: int
+    ) -> None:
         self._share = share
         self._tokenizer = tokenizer
         self._eos = eos_token_id
+        self._vocab_size = vocab_size
 
     def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience:
+        """
+        Raises:
+            DataError: the tokenizer writes an id that the model does not have; names the prompt's line.
+        """
         statistics = SampleStatistics()
         sequences = []
         for number, prompt in enumerate(self._share.next()):
             response = self._tokenizer.encode(prompt.response or "", add_special_tokens=False)
             response_ids = [*response, self._eos]
+            self._check_ids(prompt, response_ids)
             _count(statistics, prompt, len(response_ids), reward=0.0, truncated=False)
             sequences.append(
                 TrainSequence(
@@ -108,86 +107,133 @@ class DemonstrationExperience:
             )
         return Experience(sequences=sequences, statistics=statistics)
 
+    def _check_ids(self, prompt: Prompt, response_ids: list[int]) -> None:
+        for what, ids in (("prompt", prompt.token_ids), ("response", response_ids)):
+            for position, token_id in enumerate(ids):
+                if not 0 <= token_id < self._vocab_size:
+                    raise DataError(
+                        f"{describe_prompt(prompt)}: {what} token {position} is the id {token_id}, "
+                        f"which is not in 0..{self._vocab_size - 1}: the tokenizer is another model's"
+                    )
+
 
 class RolloutExperience:
     """train.mode=rl: sample G responses per prompt, score them, give them advantages."""
 
     def __init__(
-        self, config: Config, share: PromptShare, engine: RolloutEngine, rewards: RewardPool
+        self,
+        config: Config,
+        share: PromptShare,
+        engine: RolloutEngine,
+        rewards: RewardPool,
+        *,
+        vocab_size: int,
+        num_topk: int,
+        agree: Callable[[int], int],
+        sum_over_replicas: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
+        """
+        Args:
+            vocab_size: of the policy; a response with another id is refused.
+            num_topk: most probable ids per token that the loss asks for.
+            agree: the maximum of a number over all replicas; a collective among their leaders.
+            sum_over_replicas: likewise the sum of a tensor.
+        """
         self._config = config
         self._share = share
         self._engine = engine
         self._rewards = rewards
+        self._vocab_size = vocab_size
+        self._num_topk = num_topk
+        self._agree = agree
+        self._sum_over_replicas = sum_over_replicas
 
     def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience:
-        with timer.phase("rollout"):
-            groups = self._engine.generate(self._share.next(), policy_version=policy_version, step=step)
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        with timer.phase("reward"):
-            rewards = self._score(rollouts, step)
-        return self._build(groups, rollouts, rewards)
+        """
+        Raises:
+            DataError, RewardError, RolloutError: something that must not reach the policy; names it.
+        """
+        statistics = SampleStatistics()
 
-    def _score(self, rollouts: list[Rollout], step: int) -> list[float]:
+        def sample(prompts: list[Prompt], round_index: int) -> list[ScoredGroup]:
+            with timer.phase("rollout"):
+                groups = self._engine.generate(
+                    prompts,
+                    policy_version=policy_version,
+                    step=step,
+                    round_index=round_index,
+                    num_topk=self._num_topk,
+                )
+            with timer.phase("reward"):
+                return self._score(groups, step, statistics)
+
+        dynamic = self._config.algorithm.dynamic_sampling
+        if not dynamic.enabled:
+            return self._build(sample(self._share.next(), 0), statistics)
+        filled = fill_share(
+            self._share.num_prompts,
+            dynamic.max_rounds,
+            draw=self._share.next,
+            sample=sample,
+            agree=self._agree,
+        )
+        statistics.num_groups = filled.num_sampled
+        statistics.num_groups_dropped = filled.num_dropped
+        statistics.num_rounds = filled.num_rounds
+        return self._build(filled.groups, statistics)
+
+    def _score(
+        self, groups: Sequence[RolloutGroup], step: int, statistics: SampleStatistics
+    ) -> list[ScoredGroup]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = self._rewards.score(rollouts)
         if self._config.reward.shuffle:
             rewards = shuffle_rewards(rewards, seed=self._config.seed, step=step)
-        return rewards
-
-    def _build(self, groups: list[RolloutGroup], rollouts: list[Rollout], rewards: list[float]) -> Experience:
-        limit = self._config.rollout.max_response_tokens
-        overlong = compute_overlong(rollouts, self._config.reward, limit)
-        shaped = torch.tensor(rewards) + torch.tensor(overlong.penalties)
-        advantages_PG = compute_advantages(shaped.reshape(len(groups), -1), self._config.algorithm.advantage)
-        advantages = advantages_PG.flatten()
-        statistics = SampleStatistics()
         for rollout, reward in zip(rollouts, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise RewardError(
+                    f"reward {self._config.reward.name}: {describe_prompt(rollout.prompt)}, sample "
+                    f"{rollout.sample_index}: it is {reward}, expected a finite number"
+                )
             truncated = rollout.finish_reason is not FinishReason.stop
             _count(statistics, rollout.prompt, len(rollout.response_ids), reward=reward, truncated=truncated)
-        shown = zip(rollouts, rewards, advantages.tolist(), strict=True)
+        rest = iter(rewards)
+        return [ScoredGroup(group, [next(rest) for _ in group.rollouts]) for group in groups]
+
+    def _build(self, scored: list[ScoredGroup], statistics: SampleStatistics) -> Experience:
+        rollouts = [rollout for item in scored for rollout in item.group.rollouts]
+        rewards = [reward for item in scored for reward in item.rewards]
+        overlong = compute_overlong(rollouts, self._config.reward, self._config.rollout.max_response_tokens)
+        shaped = torch.tensor(rewards) + torch.tensor(overlong.penalties)
+        num_tokens = [
+            0 if left_out else len(rollout.response_ids)
+            for rollout, left_out in zip(rollouts, overlong.left_out, strict=True)
+        ]
+        shape = (len(scored), self._config.rollout.num_samples_per_prompt)
+        advantages = compute_advantages(
+            shaped.reshape(shape),
+            self._config.algorithm.advantage,
+            num_tokens_PG=torch.tensor(num_tokens, dtype=torch.int64).reshape(shape),
+            sum_over_replicas=self._sum_over_replicas,
+        ).flatten()
+        sequences = build_sequences(
+            rollouts,
+            advantages,
+            overlong.left_out,
+            vocab_size=self._vocab_size,
+            num_topk=self._num_topk,
+        )
+        shown = itertools.islice(
+            zip(rollouts, rewards, advantages.tolist(), strict=True), self._config.metrics.num_rollouts_dumped
+        )
         return Experience(
-            sequences=build_sequences(rollouts, advantages, overlong.left_out),
+            sequences=sequences,
             statistics=statistics,
             records=[
                 build_record(rollout, reward=reward, advantage=advantage)
-                for rollout, reward, advantage in itertools.islice(
-                    shown, self._config.metrics.num_rollouts_dumped
-                )
+                for rollout, reward, advantage in shown
             ],
         )
-
-
-def build_sequences(
-    rollouts: list[Rollout], advantages: torch.Tensor, left_out: list[bool]
-) -> list[TrainSequence]:
-    """Scored rollouts as training sequences; every response token gets its sample's advantage.
-
-    Each field is one tensor, cut up: a tensor of its own per rollout and field would cost more than packing.
-    """
-    token_ids = [[*rollout.prompt.token_ids, *rollout.response_ids] for rollout in rollouts]
-    lengths = [len(ids) for ids in token_ids]
-    response_lengths = [len(rollout.response_ids) for rollout in rollouts]
-    repeats = torch.tensor(response_lengths)
-    logprobs = itertools.chain.from_iterable(rollout.rollout_logprobs for rollout in rollouts)
-    kept = ~torch.tensor(left_out, dtype=torch.bool)
-    columns = zip(
-        torch.tensor(list(itertools.chain.from_iterable(token_ids))).split(lengths),
-        advantages.float().repeat_interleave(repeats).split(response_lengths),
-        torch.tensor(list(logprobs), dtype=torch.float32).split(response_lengths),
-        kept.repeat_interleave(repeats).split(response_lengths),
-        strict=True,
-    )
-    return [
-        TrainSequence(
-            id=number,
-            token_ids=ids_L,
-            prompt_length=len(rollouts[number].prompt.token_ids),
-            advantages=advantages_R,
-            rollout_logprobs=logprobs_R,
-            loss_mask=mask_R,
-        )
-        for number, (ids_L, advantages_R, logprobs_R, mask_R) in enumerate(columns)
-    ]
 
 
 class Evaluator:

@@ -15,23 +15,23 @@ from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.config import Config, Mode, RolloutConfig, RolloutEngineName
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
-from megatron_drpo.errors import ConfigError, DrpoError
+from megatron_drpo.errors import ConfigError, DrpoError, NumericsError
 from megatron_drpo.experience import (
     DemonstrationExperience,
     Evaluator,
     ExperienceSource,
-    PromptShare,
     RolloutExperience,
 )
 from megatron_drpo.lifetime import SUPERVISOR_PID, die_with_parent
+from megatron_drpo.losses.registry import build_loss
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.report import write_report
 from megatron_drpo.metrics.rollout_dump import write_index
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.platform import Platform, build_platform
-from megatron_drpo.policy.parallel import RankInfo, initialise_parallel
+from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
@@ -100,7 +100,12 @@ def _build_leader(
     source = PromptSource(train_prompts, shuffle=config.data.shuffle, seed=config.seed)
     share = PromptShare(source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size)
     if config.train.mode is Mode.sft:
-        return share, DemonstrationExperience(share, tokenizer, stop_token_ids[0]), None
+        vocab_size = policy.architecture.vocab_size
+        return (
+            share,
+            DemonstrationExperience(share, tokenizer, stop_token_ids[0], vocab_size=vocab_size),
+            None,
+        )
     rewards = stack.enter_context(RewardPool(config.reward))
     engine = RolloutEngine(
         config.rollout,
@@ -116,7 +121,25 @@ def _build_leader(
     if config.eval.every_steps and config.data.eval_path is not None:
         held_out = load(config.data.eval_path).prompts[parallel.data_rank :: parallel.data_size]
         evaluator = Evaluator(config, held_out, engine, rewards)
-    return share, RolloutExperience(config, share, engine, rewards), evaluator
+    experience = RolloutExperience(
+        config,
+        share,
+        engine,
+        rewards,
+        vocab_size=policy.architecture.vocab_size,
+        num_topk=build_loss(config.algorithm.loss).num_topk,
+        agree=lambda value: int(_gather(parallel, torch.tensor(value)).max()),
+        sum_over_replicas=lambda values: _gather(parallel, values).sum(0),
+    )
+    return share, experience, evaluator
+
+
+def _gather(parallel: ParallelState, values: torch.Tensor) -> torch.Tensor:
+    """The replicas' values, in their order, so that every leader's sum of them has the same bits."""
+    values = values.to(parallel.device)
+    gathered = [torch.empty_like(values) for _ in range(parallel.data_size)]
+    torch.distributed.all_gather(gathered, values, group=parallel.data_group)
+    return torch.stack(gathered).cpu()
 
 
 def _build_pusher(config: RolloutConfig, stack: ExitStack) -> WeightPusher:
@@ -134,6 +157,7 @@ def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
     parallel = config.parallel
     sizes = {
         "TP": parallel.tensor_parallel_size,
+        "CP": parallel.context_parallel_size,
         "PP": parallel.pipeline_parallel_size,
         "VPP": parallel.virtual_pipeline_parallel_size,
         "EP": parallel.expert_parallel_size,
@@ -179,7 +203,7 @@ def main() -> None:
         run(config)
     except DrpoError as error:
         rank = RankInfo.from_environment().rank
-        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same in the configuration
+        if rank == 0 or not isinstance(error, ConfigError | NumericsError):  # those are every rank's
             print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
         # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
         os._exit(1)

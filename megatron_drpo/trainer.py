@@ -11,17 +11,28 @@ import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, Mode
-from megatron_drpo.experience import Evaluator, Experience, ExperienceSource, PromptShare, SampleStatistics
+from megatron_drpo.data.source import PromptShare
+from megatron_drpo.errors import NumericsError
+from megatron_drpo.experience import (
+    MAXIMA,
+    Evaluator,
+    Experience,
+    ExperienceSource,
+    SampleStatistics,
+)
+from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
+from megatron_drpo.types import MicroBatch
 from megatron_drpo.weight_sync.push import WeightPusher
 
-Metrics = dict[str, float | list[float]]
+Metrics = dict[str, float | str | list[float]]
 
 
 class Trainer:
@@ -58,6 +69,7 @@ class Trainer:
         self.progress = progress
         self.state = RunState()
         self.timer = StepTimer()
+        self.alarm = TrustRegionAlarm()
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
 
@@ -89,10 +101,10 @@ class Trainer:
         self._phase("rollout" if self.config.train.mode is Mode.rl else "data")
         experience = self._collect(step)
         self._phase("update")
-        updates = [
-            self.policy.train_step(micro_batches, self.timer)
-            for micro_batches in iter_global_batches(self.config, self.policy, experience.sequences)
-        ]
+        batches = list(iter_global_batches(self.config, self.policy, experience.sequences))
+        with self.timer.phase("logprobs"):
+            batches = self.policy.add_logprobs(batches)
+        updates = [self._update(micro_batches) for micro_batches in batches]
         self.state.policy_version += 1
         self._publish_weights()
         if self.share is not None:
@@ -100,6 +112,13 @@ class Trainer:
         if self.policy.parallel.is_main and experience.records:
             write_rollouts(self.config.run_dir, step + 1, experience.records)
         return self._sample_metrics(experience.statistics) | self._update_metrics(updates)
+
+    def _update(self, micro_batches: list[MicroBatch]) -> UpdateResult:
+        try:
+            return self.policy.train_step(micro_batches, self.timer)
+        except NumericsError as error:
+            folder = save_failure(self.config, self.policy, self.state, micro_batches, error)
+            raise NumericsError(f"{error}. No weight was changed; {folder} reproduces it") from error
 
     def _collect(self, step: int) -> Experience:
         experience = Experience(sequences=[], statistics=SampleStatistics())
@@ -187,6 +206,8 @@ class Trainer:
             self.writer.write(step, metrics)
         if self.progress is not None:
             self.progress.step(step, metrics)
+            if "alarm" in metrics:
+                self.progress.message(f"warning: {metrics['alarm']}")
 
     def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
         total = self._sum(statistics)
@@ -203,10 +224,13 @@ class Trainer:
             mean = total.reward_sum / count
             metrics["reward/mean"] = mean
             metrics["reward/std"] = math.sqrt(max(total.reward_square_sum / count - mean * mean, 0.0))
+            if self.config.algorithm.dynamic_sampling.enabled:
+                metrics["rollout/num_rounds"] = total.num_rounds
+                metrics["rollout/groups_dropped_share"] = total.num_groups_dropped / max(total.num_groups, 1)
         return metrics
 
     def _sum(self, statistics: SampleStatistics) -> SampleStatistics:
-        """Over all replicas' leaders; length_max by maximum."""
+        """Over all replicas' leaders; `MAXIMA` by maximum."""
         parallel = self.policy.parallel
         values = torch.tensor(astuple(statistics), dtype=torch.float64, device=parallel.device)
         gathered = [torch.empty_like(values) for _ in range(parallel.data_size)]
@@ -214,7 +238,8 @@ class Trainer:
         table = torch.stack(gathered)
         names = [f.name for f in fields(SampleStatistics)]
         total = SampleStatistics(**dict(zip(names, table.sum(0).tolist(), strict=True)))
-        total.length_max = float(table[:, names.index("length_max")].max())
+        for name in MAXIMA:
+            setattr(total, name, float(table[:, names.index(name)].max()))
         return total
 
     def _update_metrics(self, updates: list[UpdateResult]) -> Metrics:
@@ -230,4 +255,8 @@ class Trainer:
         details = summarise(diagnostics)
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}
+        if self.policy.objective.loss.has_trust_region:
+            alarm = self.alarm.update(diagnostics.num_tokens, diagnostics.num_outside)
+            if alarm is not None:
+                metrics["alarm"] = alarm
         return metrics | details

@@ -104,7 +104,8 @@ class TrainSequence:
 
 @dataclass(slots=True, kw_only=True)
 class MicroBatch:
-    """Sequences packed end to end (THD), padded by one dummy sequence without loss.
+    """Sequences packed end to end (THD), padded by one dummy sequence without loss; under context
+    parallelism, one rank's tokens of them.
 
     Position t predicts token t+1 of its own sequence: labels_T, rollout_logprobs_T, advantages_T and
     token_weights_T are aligned with the position that predicts, never with the token predicted.
@@ -129,6 +130,8 @@ class MicroBatch:
     """Ids of the real sequences, in packed order (the padding sequence has none)."""
     prompt_lengths: list[int]
     """Prompt tokens of each real sequence: what tells its response from its prompt when unpacking."""
+    response_lengths: list[int]
+    """Response tokens of each real sequence: what tells them from the padding behind them."""
     topk_ids_TK: Int[torch.Tensor, "T K"] | None = None
     """int64; 0 where nothing was sampled."""
     topk_logprobs_TK: Float[torch.Tensor, "T K"] | None = None

@@ -32,6 +32,8 @@ from megatron_drpo.upstream_warnings import EXPECTED, ignore_expected_warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if not torch.cuda.is_available():  # read when triton is first imported, which Megatron does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ignore_expected_warnings()  # also in every process a test starts
 transformers.utils.logging.disable_progress_bar()
@@ -166,6 +168,7 @@ _MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "dense": ("qwen3", {}),
     "dense_tied": ("qwen3", {"tie_word_embeddings": True}),
     "moe": ("qwen3_moe", {"norm_topk_prob": False}),
+    "moe_perturbed": ("qwen3_moe", {"norm_topk_prob": False, "initializer_range": 0.15}),
     "moe_renormalised": ("qwen3_moe", {"norm_topk_prob": True}),
     "moe_bf16": ("qwen3_moe", {"norm_topk_prob": True}),
     "moe_mixed": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
@@ -189,7 +192,7 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def _save_model(name: str, path: Path) -> None:
     model_type, fields = _MODELS[name]
     experts = _EXPERTS if model_type == "qwen3_moe" else {}
-    config = transformers.AutoConfig.for_model(model_type, **_SHAPE, **experts, **fields)
+    config = transformers.AutoConfig.for_model(model_type, **{**_SHAPE, **experts, **fields})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

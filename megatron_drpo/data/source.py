@@ -111,6 +111,35 @@ class PromptSource:
         return self._prompts[self._epoch_order[1][index]]
 
 
+class PromptShare:
+    """Hands out this replica's prompts of each step: every data_size-th, so that the groups of an update are
+    the same set whatever the number of replicas (but for dynamic sampling, which fills each replica's share
+    from its own prompts)."""
+
+    def __init__(self, source: PromptSource, num_prompts: int, rank: int, size: int) -> None:
+        self.source = source
+        self.num_prompts = num_prompts // size
+        """Of this replica in one step."""
+        self._rank = rank
+        self._size = size
+        self._handed_out: list[int] = []
+
+    def next(self, num_prompts: int | None = None) -> list[Prompt]:
+        """The next prompts of this replica; as many for each of the others.
+
+        Args:
+            num_prompts: equal on all replicas, which keeps their cursors equal; a step's share if not given.
+        """
+        prompts = self.source.next_batch((num_prompts or self.num_prompts) * self._size)
+        self._handed_out += [prompt.id for prompt in prompts]
+        return prompts[self._rank :: self._size]
+
+    def mark_consumed(self) -> None:
+        """The step is done: its prompts count."""
+        self.source.mark_consumed(self._handed_out)
+        self._handed_out = []
+
+
 def _sha256(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:

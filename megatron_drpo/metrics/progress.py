@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -12,6 +12,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from megatron_drpo.metrics.writer import Metrics
 
 SHOWN = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -30,6 +32,7 @@ SHOWN = (
 PHASE_COLOURS = {
     "rollout": "blue",
     "reward": "cyan",
+    "logprobs": "bright_magenta",
     "forward_backward": "magenta",
     "optimizer": "green",
     "weight_sync": "yellow",
@@ -53,7 +56,7 @@ class Progress:
         self._step = 0
         self._phase = "starting"
         self._phase_began = time.perf_counter()
-        self._metrics: dict[str, float | Sequence[float]] = {}
+        self._metrics: dict[str, float | str | Sequence[float]] = {}
         self._history: dict[str, list[float]] = {}
         self._step_seconds: list[float] = []
         self._live: Live | None = None
@@ -68,7 +71,7 @@ class Progress:
         self._phase = name
         self._phase_began = time.perf_counter()
 
-    def step(self, step: int, metrics: Mapping[str, float | Sequence[float]]) -> None:
+    def step(self, step: int, metrics: Metrics) -> None:
         """Show what was measured when `step` steps were finished (0: before the first).
 
         Values not measured this time keep standing on the live display.
@@ -76,7 +79,7 @@ class Progress:
         self._step = step
         self._metrics.update(metrics)
         for name, value in metrics.items():
-            if not isinstance(value, Sequence):
+            if not isinstance(value, Sequence):  # a sentence is one, too
                 self._history.setdefault(name, []).append(value)
         if "time/step_s" in metrics:
             # All of the step, including an evaluation or a save.
@@ -104,7 +107,7 @@ class Progress:
 
     # ------------------------------------------------------------------------------ one line per step
 
-    def _line(self, metrics: Mapping[str, float | Sequence[float]]) -> str:
+    def _line(self, metrics: Metrics) -> str:
         parts = [f"step {self._step}/{self._num_steps}"]
         for label, name, template in SHOWN:
             value = _number(metrics, name)
@@ -165,12 +168,12 @@ class Progress:
         return Group(bar, legend)
 
 
-def _number(metrics: Mapping[str, float | Sequence[float]], name: str) -> float | None:
+def _number(metrics: Metrics, name: str) -> float | None:
     value = metrics.get(name)
     return None if value is None or isinstance(value, Sequence) else value
 
 
-def _phases(metrics: Mapping[str, float | Sequence[float]]) -> list[tuple[str, float]]:
+def _phases(metrics: Metrics) -> list[tuple[str, float]]:
     """(phase, seconds) of the last step, the known phases first, then all the rest as `other`."""
     step_s = _number(metrics, "time/step_s") or 0.0
     phases = [(name, _number(metrics, f"time/{name}_s") or 0.0) for name in PHASE_COLOURS]

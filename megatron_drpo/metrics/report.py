@@ -1,4 +1,4 @@
-"""report.png: the curves of a run and the histogram of its gradient weights, on one page.
+"""report.png: the curves of a run, its gradient weights, and its tokens by probability, on one page.
 
 `python -m megatron_drpo.metrics.report RUN_DIR` draws it again, also for a run still running.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from megatron_drpo.errors import DataError, DrpoError
-from megatron_drpo.metrics.writer import W_HISTOGRAM, read_metrics, w_bounds
+from megatron_drpo.metrics.report_style import BLUE, INK, ORANGE, RED, SOFT, say, style
+from megatron_drpo.metrics.report_tokens import draw_buckets, draw_weights
+from megatron_drpo.metrics.writer import read_metrics
 
 Record = dict[str, Any]
 
-INK, SOFT, GRID = "#22252a", "#70757d", "#e4e6ea"
-BLUE, ORANGE, RED = "#2f5fc4", "#d9822b", "#c23b32"
 PHASE_COLOURS = {
     "rollout": "#2f5fc4",
     "reward": "#5fb3b3",
+    "logprobs": "#c98ab8",
     "forward_backward": "#8e5ea2",
     "optimizer": "#4f9d5d",
     "weight_sync": "#e0b13c",
@@ -116,41 +116,33 @@ def write_report(run_dir: str | Path) -> Path:
     records = read_metrics(run_dir)
     if not records:
         raise DataError(f"{run_dir}/metrics.jsonl: no step recorded yet, so there is nothing to draw")
-    figure = Figure(figsize=(16, 15.5), dpi=110, facecolor="white")
+    figure = Figure(figsize=(16, 19), dpi=110, facecolor="white")
     grid = figure.add_gridspec(
-        4,
+        5,
         3,
         left=0.05,
         right=0.98,
-        top=0.905,
-        bottom=0.045,
+        top=0.9225,
+        bottom=0.037,
         hspace=0.42,
         wspace=0.2,
-        height_ratios=(1, 1, 1, 1.15),
+        height_ratios=(1, 1, 1, 1.15, 1),
     )
     cells = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(9)]
     for axes, panel in zip(cells, PANELS, strict=False):
-        _style(axes, panel.title)
+        style(axes, panel.title)
         _draw_curves(axes, panel, records)
-    _style(cells[-1], "Time of a step by phase, s")
+    style(cells[-1], "Time of a step by phase, s")
     _draw_times(cells[-1], records)
     for axes in cells:
         axes.set_xlim(records[0]["step"] - 0.5, records[-1]["step"] + 0.5)
-    histogram = figure.add_subplot(grid[3, :2])
-    _style(histogram, "Gradient weights w of all trained tokens (count, logarithmic)")
-    caption = figure.add_subplot(grid[3, 2])
-    _draw_weights(histogram, caption, records)
-    figure.text(0.05, 0.962, Path(run_dir).resolve().name, size=20, weight="bold", color=INK)
-    figure.text(0.05, 0.938, _summary(records), size=11.5, color=SOFT)
+    draw_weights(figure.add_subplot(grid[3, :2]), figure.add_subplot(grid[3, 2]), records)
+    draw_buckets([figure.add_subplot(grid[4, column]) for column in range(3)], records)
+    figure.text(0.05, 0.969, Path(run_dir).resolve().name, size=20, weight="bold", color=INK)
+    figure.text(0.05, 0.9495, _summary(records), size=11.5, color=SOFT)
     path = Path(run_dir) / "report.png"
     figure.savefig(path)
     return path
-
-
-def sum_histograms(records: Sequence[Record]) -> NDArray[np.float64]:
-    """[bins] counts of w over all steps."""
-    counts = [record[W_HISTOGRAM] for record in records if W_HISTOGRAM in record]
-    return np.sum(np.asarray(counts, dtype=np.float64), axis=0) if counts else np.zeros(0)
 
 
 def moving_average(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -163,17 +155,6 @@ def moving_average(values: NDArray[np.float64], width: int) -> NDArray[np.float6
 
 
 # ------------------------------------------------------------------------------------------- drawing
-
-
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", size=11.5, weight="bold", color=INK, pad=8)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=SOFT, labelsize=9, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(SOFT)
 
 
 def _series(records: Sequence[Record], metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -193,12 +174,15 @@ def _draw_curves(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
             _mark_broken(axes, steps[~np.isfinite(values)])
             drawn += 1
     if not drawn:
-        _say(axes, "not measured in this run")
+        say(axes, "not measured in this run")
         return
     axes.set_xlabel("step", size=9, color=SOFT)
     if panel.includes:
         low, high = axes.get_ylim()
-        axes.set_ylim(min(low, *panel.includes), max(high, *panel.includes))
+        if all(np.nanmin(line.get_ydata(), initial=0.0) >= 0 for line in axes.get_lines()):
+            low = 0.0
+        low, top = min(low, *panel.includes), max(panel.includes)
+        axes.set_ylim(low, top if high <= top else high + 0.03 * (high - low))
     if panel.log and any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
@@ -239,7 +223,7 @@ def _mark_broken(axes: Axes, steps: NDArray[np.float64]) -> None:
 def _draw_times(axes: Axes, records: Sequence[Record]) -> None:
     steps, totals = _series(records, "time/step_s")
     if not len(steps):
-        _say(axes, "not measured in this run")
+        say(axes, "not measured in this run")
         return
     timed = [record for record in records if "time/step_s" in record]
     named = list(PHASE_COLOURS)[:-1]
@@ -248,6 +232,8 @@ def _draw_times(axes: Axes, records: Sequence[Record]) -> None:
     edges = np.append(steps - 0.5, steps[-1] + 0.5)
     floor = np.zeros(len(steps))
     for name, values in zip(PHASE_COLOURS, [*seconds, other], strict=True):
+        if not values.any():
+            continue
         label = f"{name.replace('_', ' ')} {values.sum() / totals.sum():.0%}"
         axes.stairs(floor + values, edges, baseline=floor, fill=True, color=PHASE_COLOURS[name], label=label)
         floor = floor + values
@@ -262,71 +248,6 @@ def _draw_times(axes: Axes, records: Sequence[Record]) -> None:
         columnspacing=1,
         handlelength=1,
     )
-
-
-def _draw_weights(axes: Axes, caption: Axes, records: Sequence[Record]) -> None:
-    caption.set_axis_off()
-    counts = sum_histograms(records)
-    total = counts.sum()
-    if not total:
-        _say(axes, "not measured in this run")
-        return
-    edges = np.asarray(w_bounds(), dtype=np.float64)
-    colours = [RED if high <= 0 else BLUE for high in edges[1:]]
-    axes.bar(
-        edges[:-1],
-        counts,
-        width=np.diff(edges),
-        align="edge",
-        color=colours,
-        edgecolor="white",
-        linewidth=0.4,
-    )
-    axes.set_yscale("log")
-    axes.set_ylim(0.5, 8 * counts.max())
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_xlabel("w", size=10, color=SOFT)
-    for position, text in ((0.0, "w = 0: no gradient"), (1.0, "w = 1: plain policy gradient")):
-        axes.axvline(position, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            text,
-            (position, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -3),
-            textcoords="offset points",
-            size=9,
-            color=INK,
-            va="top",
-        )
-    caption.text(0, 1, _weights_caption(counts, edges), size=11, color=INK, va="top", linespacing=1.5)
-
-
-def _weights_caption(counts: NDArray[np.float64], edges: NDArray[np.float64]) -> str:
-    total = counts.sum()
-    turned = counts[edges[1:] <= 0].sum() / total
-    damped = counts[(edges[:-1] >= 0) & (edges[1:] <= 1)].sum() / total
-    raised = counts[edges[:-1] >= 1].sum() / total
-    paragraphs = (
-        "A token's gradient is −A · r · w: advantage, ratio π/μ, and the weight w that the loss gives it.",
-        f"{_share(raised)} of the tokens have w ≥ 1: at the policy that sampled them, or moving back to it.",
-        f"{_share(damped)} have 0 ≤ w < 1: moving away, and held back the more the further they are.",
-        f"{_share(turned)} have w < 0 (red): beyond the trust region; their gradient is turned back.",
-        f"{int(total):,} tokens. The outermost bars hold everything beyond them as well.",
-    )
-    return "\n\n".join(textwrap.fill(paragraph, 52) for paragraph in paragraphs)
-
-
-def _share(value: float) -> str:
-    """A share that never rounds to a false 0 % or 100 %."""
-    if 0 < value < 1e-4 or 1 - 1e-4 < value < 1:
-        return "< 0.01 %" if value < 0.5 else "> 99.99 %"
-    return f"{value:.2%}".replace("%", " %")
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=SOFT, size=10)
-    axes.set_yticks([])
-    axes.set_xticks([])
 
 
 def _summary(records: Sequence[Record]) -> str:

@@ -11,15 +11,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from torch.utils.tensorboard.writer import SummaryWriter
+# Made by protobuf when the module is imported.
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from megatron_drpo.errors import CheckpointError, DataError
-from megatron_drpo.metrics.diagnostics import W_HISTOGRAM_EDGES
+from megatron_drpo.metrics.diagnostics import MU_BUCKET_EDGES, W_HISTOGRAM_EDGES
 
-Metrics = Mapping[str, float | Sequence[float]]
-"""Flat: a number per name, or a list of counts for histograms."""
+Metrics = Mapping[str, float | str | Sequence[float]]
+"""Flat: a number per name, a list of numbers for histograms and buckets, or a sentence (`alarm`)."""
 
 W_HISTOGRAM = "trust_region/w_histogram"
+BUCKET_SCALARS = ("mu_bucket/ratio_mean", "mu_bucket/prob_abs_mean", "mu_bucket/outside_share")
+"""What TensorBoard shows by probability of the token; metrics.jsonl has all."""
 
 
 def w_bounds() -> list[float]:
@@ -130,18 +134,29 @@ def _drop_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _jsonable(value: float | Sequence[float]) -> Any:
+def _jsonable(value: float | str | Sequence[float]) -> Any:
+    if isinstance(value, str):
+        return value
     if isinstance(value, Sequence):
         return [_jsonable(item) for item in value]
     return value if math.isfinite(value) else None
 
 
 def _write_events(events: SummaryWriter, step: int, metrics: Metrics) -> None:
+    scalars: dict[str, float] = {}
     for name, value in metrics.items():
-        if not isinstance(value, Sequence):
-            events.add_scalar(name, value, step)
+        if isinstance(value, str):
+            events.add_text(name, value, step)
+        elif not isinstance(value, Sequence):
+            scalars[name] = value
+        elif name in BUCKET_SCALARS:
+            for edge, item in zip(MU_BUCKET_EDGES, value, strict=True):
+                scalars[f"{name}/up_to_{edge:g}"] = item
         elif name == W_HISTOGRAM:
             _write_histogram(events, step, name, value)
+    # One event for all: add_scalar would make one each, at 0.1 ms.
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+    cast(FileWriter, events.file_writer).add_summary(summary, step)
 
 
 def _write_histogram(events: SummaryWriter, step: int, name: str, counts: Sequence[float]) -> None:

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 
-from megatron_drpo.errors import NumericsError
-from megatron_drpo.losses.base import Loss
+from megatron_drpo.losses.objective import Objective
+from megatron_drpo.losses.tokens import LossTokens, Sequences, TopK
 from megatron_drpo.metrics.diagnostics import Diagnostics, compute_diagnostics
-from megatron_drpo.policy.logprobs import LogprobOutput, vocab_parallel_logprobs
+from megatron_drpo.policy.logprobs import (
+    ChunkLossResult,
+    LogprobOutput,
+    LogprobRows,
+    LogprobSettings,
+    one_pass_loss,
+    vocab_parallel_logprobs,
+)
 from megatron_drpo.policy.model import PolicyModel, unwrap
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.types import MicroBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LogprobSettings:
-    """What the logprob op needs besides tensors."""
+class ForwardSettings:
+    """How the last stage turns hidden states into logprobs."""
 
-    vocab_size: int
+    logprobs: LogprobSettings
     temperature: float
-    chunk_tokens: int
     sequence_parallel: bool
-
-
-def finalize_gradients(model: list[torch.nn.Module], _: object = None, **kwargs: Any) -> None:
-    """Megatron's gradient reduction, without its division by a token count.
-
-    The one place where Megatron's own scaling is cancelled: with `calculate_per_token_loss` neither the
-    schedule nor DDP divides by micro-batches or replicas, and the token count it would divide by here is
-    dropped. What remains is the plain sum that `token_weights_T` already normalises.
-    """
-    finalize_model_grads(model, num_tokens=None, **kwargs)
+    one_pass: bool
+    """The LM head's gradients are formed in the forward pass."""
 
 
 def packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
@@ -71,28 +69,85 @@ def unwrap_ddp(module: Any) -> torch.nn.Module:
     return module if isinstance(module, PolicyModel) else module.module
 
 
-def logprobs_of(
-    hidden: torch.Tensor, model: PolicyModel, micro_batch: MicroBatch, settings: LogprobSettings, group: Any
-) -> LogprobOutput:
-    """Logprobs and entropies of the packed tokens, from the last stage's hidden states.
+def last_hidden_states(hidden: torch.Tensor, *, sequence_parallel: bool) -> torch.Tensor:
+    """[T, H] of the last stage's output, for the logprob op.
 
-    Megatron's mappings give the op the whole [T, H] and add up its partial gradients: a reduce-scatter under
+    Megatron's mappings give the op all tokens and add up its partial gradients: a reduce-scatter under
     sequence parallelism, else an all-reduce.
     """
-    if settings.sequence_parallel:
+    if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    return vocab_parallel_logprobs(
-        hidden[:, 0],
-        model.output_weight(),
-        micro_batch.labels_T,
-        vocab_size=settings.vocab_size,
-        temperature=settings.temperature,
-        group=group,
-        chunk_tokens=settings.chunk_tokens,
-        mask_T=micro_batch.loss_mask_T,
-    )
+    return hidden[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class LossRows:
+    """The loss tokens of a micro-batch, cut out of its [T] fields: N rows."""
+
+    logprobs: LogprobRows
+    token_weights_N: torch.Tensor
+    anchor_logprobs_N: torch.Tensor
+    rollout_logprobs_N: torch.Tensor
+    advantages_N: torch.Tensor
+    ref_logprobs_N: torch.Tensor | None
+    topk_logprobs_NK: torch.Tensor | None
+    sequences: Sequences
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch, temperature: float, context_group: Any = None) -> LossRows:
+        """
+        Args:
+            temperature: of the sampling; it divides the logits.
+            context_group: the ranks that share the sequences' tokens, if there are several.
+        """
+        rows_N = micro_batch.loss_mask_T.nonzero()[:, 0]
+
+        def cut(field_T: torch.Tensor | None) -> Any:
+            return None if field_T is None else field_T[rows_N]
+
+        def add_up(sums: torch.Tensor) -> torch.Tensor:
+            dist.all_reduce(sums, group=context_group)
+            return sums
+
+        rollout_logprobs_N = cut(micro_batch.rollout_logprobs_T)
+        has_old = micro_batch.old_logprobs_T is not None
+        return cls(
+            logprobs=LogprobRows(
+                rows_N=rows_N,
+                labels_N=cut(micro_batch.labels_T),
+                topk_ids_NK=cut(micro_batch.topk_ids_TK),
+                temperature=temperature,
+            ),
+            token_weights_N=cut(micro_batch.token_weights_T),
+            anchor_logprobs_N=cut(micro_batch.old_logprobs_T) if has_old else rollout_logprobs_N,
+            rollout_logprobs_N=rollout_logprobs_N,
+            advantages_N=cut(micro_batch.advantages_T),
+            ref_logprobs_N=cut(micro_batch.ref_logprobs_T),
+            topk_logprobs_NK=cut(micro_batch.topk_logprobs_TK),
+            sequences=Sequences(
+                index_N=cut(micro_batch.sequence_index_T),
+                num_sequences=len(micro_batch.cu_seqlens) - 1,
+                reduce=None if context_group is None else add_up,
+            ),
+        )
+
+    def tokens(self, output: LogprobOutput, part: slice = slice(None)) -> LossTokens:
+        """What the objective reads of these rows, or of a part of them, under the op's output for them."""
+        is_whole = part == slice(None)
+        topk = None
+        if self.topk_logprobs_NK is not None and output.topk_logprobs_NK is not None:
+            topk = TopK(logprobs_NK=output.topk_logprobs_NK, rollout_logprobs_NK=self.topk_logprobs_NK[part])
+        return LossTokens(
+            logprobs_N=output.logprobs_N,
+            anchor_logprobs_N=self.anchor_logprobs_N[part],
+            rollout_logprobs_N=self.rollout_logprobs_N[part],
+            advantages_N=self.advantages_N[part],
+            ref_logprobs_N=None if self.ref_logprobs_N is None else self.ref_logprobs_N[part],
+            sequences=self.sequences if is_whole else None,
+            topk=topk,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,55 +162,94 @@ class MicroBatchResult:
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchResult]]
 
 
+class ForwardObserver(Protocol):
+    """Is shown what passes through `TrainForward`."""
+
+    def begins(self, micro_batch: MicroBatch) -> None:
+        """The model is about to see this micro-batch."""
+
+    def sees(
+        self, micro_batch: MicroBatch, rows: LossRows, tokens: LossTokens, entropy_N: torch.Tensor
+    ) -> None:
+        """The loss has been computed, of these tokens (detached)."""
+
+
 class TrainForward:
     """Megatron's forward_step_func for an update."""
 
-    def __init__(self, loss: Loss, settings: LogprobSettings, parallel: ParallelState) -> None:
-        self.loss = loss
+    def __init__(
+        self,
+        objective: Objective,
+        settings: ForwardSettings,
+        parallel: ParallelState,
+        observer: ForwardObserver | None = None,
+    ) -> None:
+        self.objective = objective
         self.settings = settings
         self.parallel = parallel
+        self.observer = observer
 
     def __call__(
         self, batches: Iterator[MicroBatch], module: torch.nn.Module
     ) -> tuple[torch.Tensor, LossFunction]:
         micro_batch = next(batches)
+        if self.observer is not None:
+            self.observer.begins(micro_batch)
         output = run_model(micro_batch, module)
 
         def loss_function(
             hidden: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchResult]:
-            result = logprobs_of(
-                hidden, unwrap(module), micro_batch, self.settings, self.parallel.tensor_group
-            )
-            return self._loss(micro_batch, result)
+            return self._loss(micro_batch, hidden, unwrap(module))
 
         return output, loss_function
 
     def _loss(
-        self, micro_batch: MicroBatch, result: LogprobOutput
+        self, micro_batch: MicroBatch, hidden: torch.Tensor, model: PolicyModel
     ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchResult]:
-        mask = micro_batch.loss_mask_T
-        values = self.loss.value(result.logprobs_T, micro_batch.rollout_logprobs_T, micro_batch.advantages_T)
-        # where, not multiplication: a masked token contributes 0 whatever its value.
-        total = torch.where(mask, values * micro_batch.token_weights_T, 0.0).sum()
-        if not torch.isfinite(total):
-            raise NumericsError(
-                f"rank {self.parallel.rank}: the loss is {total.item()} in the micro-batch of sequences "
-                f"{micro_batch.sequence_ids}"
-            )
-        diagnostics = compute_diagnostics(
-            micro_batch, result.logprobs_T.detach(), result.entropy_T.detach(), self.loss
-        )
+        hidden_TH = last_hidden_states(hidden, sequence_parallel=self.settings.sequence_parallel)
+        context_group = self.parallel.context_group if self.parallel.context_size > 1 else None
+        rows = LossRows.of(micro_batch, self.settings.temperature, context_group)
+        compute = self._one_pass if self.settings.one_pass else self._recompute
+        total, output = compute(hidden_TH, model.output_weight(), rows)
+        output = output.detach()
+        tokens = rows.tokens(output)
+        if self.observer is not None:
+            self.observer.sees(micro_batch, rows, tokens, output.entropy_N)
+        diagnostics = compute_diagnostics(tokens, output.entropy_N, self.objective)
         no_tokens = torch.zeros((), dtype=torch.int, device=total.device)
         return total, no_tokens, MicroBatchResult(total.detach().double(), diagnostics)
 
+    def _recompute(
+        self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, rows: LossRows
+    ) -> tuple[torch.Tensor, LogprobOutput]:
+        output = vocab_parallel_logprobs(hidden_TH, weight_VH, rows.logprobs, self.settings.logprobs)
+        value_N = self.objective.value(rows.tokens(output), output.entropy_N)
+        return (value_N * rows.token_weights_N).sum(), output
+
+    def _one_pass(
+        self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, rows: LossRows
+    ) -> tuple[torch.Tensor, LogprobOutput]:
+        """Gradients in closed form as soon as a chunk's logprobs are known."""
+
+        def loss_of(part: slice, output: LogprobOutput) -> ChunkLossResult:
+            tokens, weights_C = rows.tokens(output, part), rows.token_weights_N[part]
+            entropy_coef = self.objective.entropy_coef
+            return ChunkLossResult(
+                loss=(self.objective.value(tokens, output.entropy_N) * weights_C).sum(),
+                grad_logprobs_C=self.objective.logprob_gradient(tokens) * weights_C,
+                grad_entropy_C=-entropy_coef * weights_C if entropy_coef else None,
+            )
+
+        return one_pass_loss(hidden_TH, weight_VH, rows.logprobs, self.settings.logprobs, loss_of)
+
 
 class LogprobForward:
-    """Megatron's forward_step_func for logprobs only, [T] per micro-batch, without gradients."""
+    """Megatron's forward_step_func for logprobs only, [T] per micro-batch (0 where there is no loss), without
+    gradients."""
 
-    def __init__(self, settings: LogprobSettings, parallel: ParallelState) -> None:
+    def __init__(self, settings: ForwardSettings) -> None:
         self.settings = settings
-        self.parallel = parallel
 
     def __call__(
         self, batches: Iterator[MicroBatch], module: torch.nn.Module
@@ -164,9 +258,14 @@ class LogprobForward:
         output = run_model(micro_batch, module)
 
         def collect(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            result = logprobs_of(
-                hidden, unwrap(module), micro_batch, self.settings, self.parallel.tensor_group
+            hidden_TH = last_hidden_states(hidden, sequence_parallel=self.settings.sequence_parallel)
+            rows_N = micro_batch.loss_mask_T.nonzero()[:, 0]
+            rows = LogprobRows(
+                rows_N=rows_N, labels_N=micro_batch.labels_T[rows_N], temperature=self.settings.temperature
             )
-            return result.logprobs_T
+            weight_VH = unwrap(module).output_weight()
+            result = vocab_parallel_logprobs(hidden_TH, weight_VH, rows, self.settings.logprobs)
+            zeros_T = result.logprobs_N.new_zeros(micro_batch.num_tokens)
+            return zeros_T.index_copy(0, rows_N, result.logprobs_N)
 
         return output, collect

@@ -57,9 +57,13 @@ def build_transformer_config(
     interleaved = parallel.virtual_pipeline_parallel_size > 1
     dtype = _DTYPES[config.policy.dtype]
     on_cpu = platform.name is PlatformName.cpu
+    contextual = parallel.context_parallel_size > 1
     values: dict[str, Any] = dict(
         **architecture.transformer_config_fields(),
         tensor_model_parallel_size=parallel.tensor_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        # Transformer Engine's ring: keys and values travel while a rank computes.
+        cp_comm_type="p2p" if contextual else None,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size if interleaved else None,
         expert_model_parallel_size=parallel.expert_parallel_size,

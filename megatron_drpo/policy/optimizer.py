@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.transformer import MegatronModule
@@ -65,6 +66,25 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
     """Set it for every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def compute_gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the accumulated gradients, the same on every rank; inf or nan if one is not finite."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip by the norm from `compute_gradient_norm`, then step: the second half of Megatron's `step`, so that
+    a gradient that is not finite never reaches the weights."""
+    clip_grad = optimizer.config.clip_grad
+    for part in distributed_optimizers(optimizer):
+        parameters = part.get_parameters()
+        if parameters and clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                cast(list[torch.Tensor], parameters), max_norm=clip_grad, total_norm=grad_norm
+            )
+    optimizer.step_with_ready_grads()
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,7 +119,7 @@ def initialise_parallel(
     world_size = dist.get_world_size() if dist.is_initialized() else info.world_size
     if world_size != parallel.world_size:
         raise ConfigError(
-            f"{world_size} rank(s) were started, but tensor * pipeline * data parallel sizes need "
+            f"{world_size} rank(s) were started, but tensor * context * pipeline * data parallel sizes need "
             f"{parallel.world_size}: start that many, or change parallel.data_parallel_size"
         )
     timeout = timedelta(seconds=parallel.timeout_s)
@@ -131,12 +132,27 @@ def initialise_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
         create_gloo_process_groups=False,
     )
-    return ParallelState(device=device)
+    return ParallelState(device=device, model_group=_replica_group(timeout))
+
+
+def _replica_group(timeout: timedelta) -> dist.ProcessGroup:
+    """All ranks of one data-parallel replica; Megatron's model-parallel group has no context ranks."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
+    replicas: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(replicas, parallel_state.get_data_parallel_rank())
+    # Every rank takes part in making every group, in the same order.
+    members = [[rank for rank, of in enumerate(replicas) if of == replica] for replica in sorted({*replicas})]
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+    return cast(dist.ProcessGroup, group)
 
 
 def _initialise_process_group(
@@ -155,7 +171,7 @@ def _initialise_process_group(
 class ParallelState:
     """This rank's place in the mesh, in this project's names; a view of Megatron's parallel_state."""
 
-    def __init__(self, *, device: torch.device) -> None:
+    def __init__(self, *, device: torch.device, model_group: dist.ProcessGroup) -> None:
         from megatron.core import parallel_state as mpu
 
         self.device = device
@@ -164,18 +180,23 @@ class ParallelState:
         self.tensor_rank = mpu.get_tensor_model_parallel_rank()
         self.tensor_size = mpu.get_tensor_model_parallel_world_size()
         self.tensor_group = mpu.get_tensor_model_parallel_group()
+        self.context_rank = mpu.get_context_parallel_rank()
+        self.context_size = mpu.get_context_parallel_world_size()
+        self.context_group = mpu.get_context_parallel_group()
+        """The ranks that share the tokens of each sequence."""
         self.pipeline_rank = mpu.get_pipeline_model_parallel_rank()
         self.pipeline_size = mpu.get_pipeline_model_parallel_world_size()
         self.data_rank = mpu.get_data_parallel_rank()
         self.data_size = mpu.get_data_parallel_world_size()
         self.data_group = mpu.get_data_parallel_group()
-        self.model_group = cast(dist.ProcessGroup, mpu.get_model_parallel_group())
-        """All ranks of one data-parallel replica."""
+        """The same place in every replica."""
+        self.model_group = model_group
+        """All ranks of one data-parallel replica: tensor * context * pipeline."""
 
     @property
     def is_leader(self) -> bool:
         """This rank asks for its replica's rollouts."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.tensor_rank == 0 and self.context_rank == 0 and self.pipeline_rank == 0
 
     @property
     def is_main(self) -> bool:
@@ -186,6 +207,24 @@ class ParallelState:
     def is_last_stage(self) -> bool:
         """This rank holds the last pipeline stage, where logprobs are computed."""
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def pad_sequences_to(self) -> int:
+        """Tokens of a packed sequence are a multiple of it: two equal parts for every context rank."""
+        return 1 if self.context_size == 1 else 2 * self.context_size
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """Tokens of a whole micro-batch are a multiple of it: equal shares for the tensor ranks as well."""
+        return math.lcm(self.pad_sequences_to, self.context_size * self.tensor_size)
+
+    def gather_over_context(self, values_T: torch.Tensor) -> list[torch.Tensor]:
+        """Every context rank's values per token, in rank order, on all of them; without a gradient."""
+        if self.context_size == 1:
+            return [values_T]
+        gathered = [torch.empty_like(values_T) for _ in range(self.context_size)]
+        dist.all_gather(gathered, values_T.contiguous(), group=self.context_group)
+        return gathered
 
     def broadcast_from_leader(self, value: object) -> object:
         """Any picklable object, from the replica's leader to its other ranks."""

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_drpo.config import Config, Mode
-from megatron_drpo.errors import NumericsError
+from megatron_drpo.config import Anchor, Config, LogprobMode, Mode
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.losses.registry import build_loss
+from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.sft import SftLoss
 from megatron_drpo.metrics.diagnostics import Diagnostics
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load import load_hf_weights
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.packing import to_device
 from megatron_drpo.platform import Platform
 from megatron_drpo.policy.forward import (
+    ForwardObserver,
+    ForwardSettings,
     LogprobForward,
-    LogprobSettings,
     MicroBatchResult,
     TrainForward,
-    finalize_gradients,
 )
+from megatron_drpo.policy.kernels import build_row_kernels
+from megatron_drpo.policy.logprobs import LogprobSettings
 from megatron_drpo.policy.model import (
     build_model_chunks,
     build_transformer_config,
     unwrap,
     wrap_data_parallel,
 )
+from megatron_drpo.policy.numerics import find_non_finite
 from megatron_drpo.policy.optimizer import (
+    apply_gradients,
     build_optimizer,
+    compute_gradient_norm,
     compute_learning_rate,
     load_optimizer_state,
     optimizer_step_count,
@@ -45,6 +47,8 @@ from megatron_drpo.policy.optimizer import (
     sharded_optimizer_state,
 )
 from megatron_drpo.policy.parallel import ParallelState
+from megatron_drpo.policy.reference import build_reference_chunks
+from megatron_drpo.policy.schedule import finalize_gradients, run_schedule
 from megatron_drpo.types import MicroBatch
 
 
@@ -76,18 +80,35 @@ class Policy:
         self.chunks = wrap_data_parallel(chunks, self.transformer_config)
         self.optimizer = build_optimizer(config.optimizer, config.policy.dtype, self.chunks)
         self.transformer_config.finalize_model_grads_func = finalize_gradients
-        self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.exporter = HfExporter([unwrap(chunk) for chunk in self.chunks], mapping)
-        self.loss = SftLoss() if config.train.mode is Mode.sft else build_loss(config.algorithm.loss)
+        is_sft = config.train.mode is Mode.sft
+        self.objective = Objective(loss=SftLoss()) if is_sft else build_objective(config.algorithm)
+        """What an update minimises; may be replaced between updates."""
+        self.reference_chunks: list[torch.nn.Module] = []
+        if self.objective.kl is not None:
+            self.reference_chunks = build_reference_chunks(
+                config.algorithm.kl.reference_path or config.policy.model_path,
+                self.transformer_config,
+                self.architecture,
+                mapping,
+                platform,
+                parallel.device,
+            )
         self.num_updates = 0
         """Optimizer steps done, skipped ones included: the learning rate's clock."""
-        self._settings = LogprobSettings(
-            vocab_size=self.architecture.vocab_size,
-            temperature=1.0 if config.train.mode is Mode.sft else config.rollout.temperature,
-            chunk_tokens=config.policy.logprob_chunk_tokens,
+        self._settings = ForwardSettings(
+            logprobs=LogprobSettings(
+                vocab_size=self.architecture.vocab_size,
+                group=parallel.tensor_group,
+                buffer_bytes=config.policy.logprob_buffer_bytes,
+                kernels=build_row_kernels(config.policy.logprob_backend, parallel.device),
+            ),
+            temperature=1.0 if is_sft else config.rollout.temperature,
             sequence_parallel=config.parallel.sequence_parallel,
+            one_pass=False,
         )
-        self._schedule = get_forward_backward_func()
+
+    # -------------------------------------------------------------------------------------- updates
 
     def train_step(self, micro_batches: list[MicroBatch], timer: StepTimer) -> UpdateResult:
         """Forward and backward over this rank's share of a global batch, then one optimizer step.
@@ -97,53 +118,48 @@ class Policy:
                 interleaved (see `round_up_micro_batches`).
 
         Raises:
-            NumericsError: a loss or the gradient norm is not finite.
+            NumericsError: a loss or the gradient norm is not finite; on every rank, before any weight
+                has changed.
         """
         total_updates = self.config.train.num_steps * self.config.train.num_updates_per_step
         lr = compute_learning_rate(self.config.optimizer, self.num_updates, total_updates)
-        set_learning_rate(self.optimizer, lr)
         with timer.phase("forward_backward"):
-            for chunk in self.chunks:
-                chunk.train()
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            forward = TrainForward(self.loss, self._settings, self.parallel)
-            results = self._run(forward, micro_batches, forward_only=False)
+            loss, diagnostics = self.reduce(self.forward_backward(micro_batches))
         with timer.phase("optimizer"):
-            _, grad_norm, _ = cast(tuple[Any, Any, Any], self.optimizer.step())
+            grad_norm = compute_gradient_norm(self.optimizer)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise find_non_finite(self, micro_batches, loss, grad_norm)
+            set_learning_rate(self.optimizer, lr)
+            apply_gradients(self.optimizer, grad_norm)
         self.num_updates += 1
-        loss, diagnostics = self._reduce(results)
-        norm = 0.0 if grad_norm is None else float(grad_norm)
-        if not math.isfinite(norm):
-            raise NumericsError(
-                f"rank {self.parallel.rank}: the gradient norm of update {self.num_updates} is {norm}"
-            )
-        return UpdateResult(loss=loss, grad_norm=norm, lr=lr, diagnostics=diagnostics)
+        return UpdateResult(loss=loss, grad_norm=grad_norm, lr=lr, diagnostics=diagnostics)
 
-    @torch.no_grad()
-    def compute_logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """[T] logprobs of every micro-batch under the current weights; empty before the last stage."""
+    def forward_backward(
+        self, micro_batches: list[MicroBatch], observer: ForwardObserver | None = None
+    ) -> list[MicroBatchResult]:
+        """Gradients of the objective over this rank's share of a global batch, reduced over replicas.
+
+        Args:
+            observer: see `TrainForward`.
+
+        Returns:
+            One result per micro-batch on the last stage; nothing elsewhere.
+        """
         for chunk in self.chunks:
-            chunk.eval()
-        forward = LogprobForward(self._settings, self.parallel)
-        return self._run(forward, micro_batches, forward_only=True, collect_non_loss_data=True)
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        forward = TrainForward(self.objective, self.forward_settings, self.parallel, observer)
+        return run_schedule(forward, self.chunks, micro_batches, self.parallel.device, forward_only=False)
 
-    def _run(self, forward: Any, micro_batches: list[MicroBatch], **kwargs: Any) -> list[Any]:
-        on_device = [to_device(micro_batch, self.parallel.device) for micro_batch in micro_batches]
-        iterators = [iter(on_device) for _ in self.chunks]
-        several = len(self.chunks) > 1
-        return self._schedule(
-            forward_step_func=forward,
-            data_iterator=iterators if several else iterators[0],
-            model=cast(Any, self.chunks if several else self.chunks[0]),
-            num_microbatches=len(micro_batches),
-            seq_length=max(micro_batch.num_tokens for micro_batch in micro_batches),
-            micro_batch_size=1,
-            **kwargs,
-        )
+    @property
+    def forward_settings(self) -> ForwardSettings:
+        """How an update's logprobs and their gradients are computed, as the objective allows."""
+        wants_recompute = self.config.policy.logprob_mode is LogprobMode.recompute
+        return replace(self._settings, one_pass=not (wants_recompute or self.objective.needs_sequences))
 
-    def _reduce(self, results: list[MicroBatchResult]) -> tuple[float, Diagnostics]:
-        """Add up what the last stages saw; each replica counts once."""
+    def reduce(self, results: list[MicroBatchResult]) -> tuple[float, Diagnostics]:
+        """Add up what the last stages saw, over all tokens of the global batch; the same on every rank."""
         totals = Diagnostics.zeros(self.parallel.device)
         loss = torch.zeros(1, dtype=torch.float64, device=self.parallel.device)
         if self.parallel.tensor_rank == 0:
@@ -151,12 +167,48 @@ class Policy:
                 loss += result.loss
                 totals = totals + result.diagnostics
         # One all-gather, for sums and maxima alike.
-        values = torch.cat([loss, totals.sums, totals.maxima])
+        values = torch.cat([loss, totals.sums.flatten(), totals.maxima.flatten()])
         gathered = [torch.empty_like(values) for _ in range(self.parallel.world_size)]
         dist.all_gather(gathered, values)
         ranks = torch.stack(gathered)
-        sums, maxima = ranks[:, : -len(totals.maxima)].sum(0), ranks[:, -len(totals.maxima) :].amax(0)
-        return float(sums[0]), Diagnostics(sums=sums[1:], maxima=maxima)
+        num_maxima = totals.maxima.numel()
+        sums, maxima = ranks[:, :-num_maxima].sum(0), ranks[:, -num_maxima:].amax(0)
+        return float(sums[0]), Diagnostics(
+            sums=sums[1:].view_as(totals.sums), maxima=maxima.view_as(totals.maxima)
+        )
+
+    # ----------------------------------------------------------------------------------------- scores
+
+    def compute_logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """[T] logprobs of this rank's tokens of every micro-batch under the current weights; empty before the
+        last stage."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._score(self.chunks, micro_batches)
+
+    def add_logprobs(self, batches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """Give the step's micro-batches what the objective compares with, before the first update: the
+        policy's own logprobs (anchor=recomputed) and the reference policy's (kl.coef > 0). Collective."""
+        flat = [micro_batch for batch in batches for micro_batch in batch]
+        is_rl = self.config.train.mode is Mode.rl
+        if is_rl and self.config.algorithm.anchor is Anchor.recomputed:
+            flat = _with_field("old_logprobs_T", flat, self.compute_logprobs(flat))
+        if self.reference_chunks:
+            flat = _with_field("ref_logprobs_T", flat, self._score(self.reference_chunks, flat))
+        annotated = iter(flat)
+        return [[next(annotated) for _ in batch] for batch in batches]
+
+    @torch.no_grad()
+    def _score(
+        self, chunks: Sequence[torch.nn.Module], micro_batches: list[MicroBatch]
+    ) -> list[torch.Tensor]:
+        forward = LogprobForward(self._settings)
+        device = self.parallel.device
+        return run_schedule(
+            forward, chunks, micro_batches, device, forward_only=True, collect_non_loss_data=True
+        )
+
+    # ------------------------------------------------------------------------------------------ state
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full HF-named tensors on global rank 0, bucket by bucket; nothing elsewhere."""
@@ -186,3 +238,11 @@ class Policy:
             return count
         size = self.parallel.pipeline_size
         return -(-count // size) * size
+
+
+def _with_field(name: str, micro_batches: list[MicroBatch], values: list[torch.Tensor]) -> list[MicroBatch]:
+    """The micro-batches with one field set; as they are where there are no values (before the last stage)."""
+    if not values:
+        return micro_batches
+    fields: list[dict[str, Any]] = [{name: value} for value in values]
+    return [replace(micro_batch, **field) for micro_batch, field in zip(micro_batches, fields, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -50,7 +51,8 @@ class RewardPool:
         self._pool.join()
 
     def score(self, rollouts: list[Rollout]) -> list[float]:
-        """One finite reward per response, in order.
+        """One finite reward per response, in order. The function does not see the top-k fields, which are
+        larger than all the rest together.
 
         Raises:
             RewardError: a reward failed and `reward.on_error=error`, or no worker can run.
@@ -59,7 +61,7 @@ class RewardPool:
             self._pool = self._start_workers()
         futures: list[ProcessFuture[float | Failure]] = [
             self._pool.schedule(worker.score, (self._config.name, rollout), timeout=self._config.timeout_s)
-            for rollout in rollouts
+            for rollout in (replace(rollout, topk_ids=None, topk_logprobs=None) for rollout in rollouts)
         ]
         try:
             return [self._reward(rollout, future) for rollout, future in zip(rollouts, futures, strict=True)]

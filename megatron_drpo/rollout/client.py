@@ -74,7 +74,7 @@ class SGLangClient:
     # ------------------------------------------------------------------------------- generation
 
     async def generate(
-        self, requests: Sequence[SampleRequest], *, extra_key: str, vocab_size: int
+        self, requests: Sequence[SampleRequest], *, extra_key: str, vocab_size: int, num_topk: int = 0
     ) -> list[dict[str, Any]]:
         """Sample one response per request, all in one batch; SGLang's response objects in the same order.
 
@@ -82,6 +82,7 @@ class SGLangClient:
             extra_key: separates prefix caches: give the policy version, or the server may continue from
                 keys and values of older weights.
             vocab_size: input ids at or above it are refused here; some servers die of them.
+            num_topk: most probable ids to report with each response token; 0: none.
 
         Raises:
             RolloutError: names the server, the endpoint, the status and the first line of the answer.
@@ -95,13 +96,14 @@ class SGLangClient:
 
         def body() -> dict[str, Any]:
             attempt = uuid.uuid4().hex[:8]  # a server refuses the id of a request it still runs
-            return {
+            fields = {
                 "rid": [f"{request.rid}-{attempt}" for request in requests],
                 "input_ids": [list(request.token_ids) for request in requests],
                 "sampling_params": [request.sampling_params for request in requests],
                 "return_logprob": True,
                 "extra_key": extra_key,
             }
+            return fields | {"top_logprobs_num": num_topk} if num_topk else fields
 
         answer = await self._with_retries("/generate", body)
         if not isinstance(answer, list) or len(answer) != len(requests):

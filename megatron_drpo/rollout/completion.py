@@ -1,4 +1,9 @@
-"""From one response object of SGLang's /generate to checked tokens, logprobs and policy versions."""
+"""From one response object of SGLang's /generate to checked tokens, logprobs and policy versions.
+
+All logprobs, the sampled token's and the top-k, must be of one distribution: the whole vocabulary's at the
+request's temperature, before top-k and top-p. That is what SGLang reports by default. A server started with
+SGLANG_RETURN_ORIGINAL_LOGPROB=1 reports them at temperature 1 instead: right for rollout.temperature=1 only.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +12,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.sequences import MAX_LOGPROB
 from megatron_drpo.types import FinishReason
-
-_MAX_LOGPROB = 1e-6
-"""A logprob is at most 0, up to rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a server sampled; the three lists have one entry per response token."""
+    """What a server sampled; the lists have one entry per response token."""
 
     token_ids: list[int]
     logprobs: list[float]
     policy_versions: list[int]
     finish_reason: FinishReason
+    topk_ids: list[list[int]] | None = None
+    """The most probable ids, if they were asked for; their values are checked with the whole step's."""
+    topk_logprobs: list[list[float]] | None = None
 
 
-def parse_completion(response: Any, *, newest_version: int, where: str) -> Completion:
+def parse_completion(
+    response: Any, *, newest_version: int, where: str, vocab_size: int, num_topk: int = 0
+) -> Completion:
     """Check one response.
 
     Args:
         newest_version: the trainer's own policy version; no server may be ahead of it.
         where: server and request, for messages.
+        vocab_size: every sampled id must be below it.
+        num_topk: `top_logprobs_num` of the request.
 
     Raises:
-        RolloutError: fields that are missing, lengths that disagree, a logprob that is not finite or is
-            positive, an unknown version.
+        RolloutError: fields that are missing, lengths that disagree, an id outside the vocabulary, a logprob
+            that is not finite or is positive, an unknown version.
     """
     try:
         meta = response["meta_info"]
@@ -47,11 +57,43 @@ def parse_completion(response: Any, *, newest_version: int, where: str) -> Compl
             f"{where}: {len(response['output_ids'])} output_ids, {len(token_ids)} output_token_logprobs and "
             f"completion_tokens={meta['completion_tokens']} disagree"
         )
-    for index, logprob in enumerate(logprobs):
-        if not math.isfinite(logprob) or logprob > _MAX_LOGPROB:
+    for index, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
+        if not 0 <= token_id < vocab_size:
+            raise RolloutError(
+                f"{where}: response token {index} is the id {token_id}, which is not in 0..{vocab_size - 1}: "
+                "the server has another model"
+            )
+        if not math.isfinite(logprob) or logprob > MAX_LOGPROB:
             raise RolloutError(f"{where}: the logprob of response token {index} is {logprob}")
     versions = _policy_versions(meta, len(token_ids), newest_version, where)
-    return Completion(token_ids, logprobs, versions, finish_reason)
+    topk = _topk(meta, len(token_ids), num_topk, where) if num_topk else (None, None)
+    return Completion(token_ids, logprobs, versions, finish_reason, *topk)
+
+
+def _topk(
+    meta: dict[str, Any], num_tokens: int, num_topk: int, where: str
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and logprobs, [tokens][num_topk] each, from rows of [logprob, id, text]."""
+    rows = meta.get("output_top_logprobs") or []
+    try:
+        ids = [[int(entry[1]) for entry in row] for row in rows]
+        logprobs = [[float(entry[0]) for entry in row] for row in rows]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RolloutError(
+            f"{where}: malformed output_top_logprobs: {type(error).__name__}: {error}"
+        ) from error
+    if len(ids) != num_tokens:
+        raise RolloutError(
+            f"{where}: output_top_logprobs are of {len(ids)} tokens, the response has {num_tokens}; the "
+            f"request asked for top_logprobs_num={num_topk}"
+        )
+    for index, row in enumerate(ids):
+        if len(row) != num_topk:
+            raise RolloutError(
+                f"{where}: output_top_logprobs of response token {index} has {len(row)} ids; the request "
+                f"asked for top_logprobs_num={num_topk}"
+            )
+    return ids, logprobs
 
 
 def _policy_versions(meta: dict[str, Any], num_tokens: int, newest_version: int, where: str) -> list[int]:

@@ -33,6 +33,14 @@ class _Sample:
     request: SampleRequest
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What holds for all samples of one `generate`."""
+
+    policy_version: int
+    num_topk: int
+
+
 class RolloutEngine:
     """Asks the servers for rollouts. Synchronous outside; an interrupt cancels the requests in flight."""
 
@@ -50,7 +58,7 @@ class RolloutEngine:
             endpoints: base URLs of the servers.
             stop_token_ids: the model's end-of-sequence ids; `config.stop_token_ids` are added.
             vocab_size: rows of the model's embedding; larger input ids are refused.
-            seed: of the run; with step, prompt id and sample index it determines each sample's seed.
+            seed: of the run; with step, round, prompt id and sample index it determines each sample's seed.
         """
         self._config = config
         self._tokenizer = tokenizer
@@ -78,6 +86,8 @@ class RolloutEngine:
         *,
         policy_version: int,
         step: int,
+        round_index: int = 0,
+        num_topk: int = 0,
         num_samples_per_prompt: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -87,7 +97,9 @@ class RolloutEngine:
 
         Args:
             policy_version: the trainer's; an older token is accepted and says so, a newer one is an error.
-            step: enters the seeds, so that a prompt gets new samples when it comes again.
+            step, round_index: enter the seeds, so that a prompt gets new samples when it comes again, in
+                another step or in another round of the same step.
+            num_topk: most probable ids to report with each response token, as `Rollout.topk_ids`; 0: none.
             num_samples_per_prompt, temperature, top_p: the configuration's unless given.
             on_progress: called with the number of samples finished so far.
 
@@ -107,11 +119,12 @@ class RolloutEngine:
             "no_stop_trim": True,
         }
         groups = [
-            [self._sample(prompt, index, step, params) for index in range(num_samples)] for prompt in prompts
+            [self._sample(prompt, index, (step, round_index), params) for index in range(num_samples)]
+            for prompt in prompts
         ]
         report = on_progress or (lambda num_finished: None)
         collect = self._closed_batch if self._config.deterministic else self._concurrently
-        return self._run(collect(groups, policy_version, report))
+        return self._run(collect(groups, _Batch(policy_version, num_topk), report))
 
     def close(self) -> None:
         """Close all connections."""
@@ -125,31 +138,33 @@ class RolloutEngine:
 
     # ---------------------------------------------------------------------------------- requests
 
-    def _sample(self, prompt: Prompt, index: int, step: int, params: dict[str, Any]) -> _Sample:
-        seed = sample_seed(self._seed, step, prompt.id, index)
+    def _sample(self, prompt: Prompt, index: int, time: tuple[int, int], params: dict[str, Any]) -> _Sample:
+        step, round_index = time
+        seed = sample_seed(self._seed, step, prompt.id, index, round_index)
+        round_name = f"-round{round_index}" if round_index else ""
         request = SampleRequest(
-            rid=f"step{step}-prompt{prompt.id}-sample{index}",
+            rid=f"step{step}{round_name}-prompt{prompt.id}-sample{index}",
             token_ids=prompt.token_ids,
             sampling_params={**params, "sampling_seed": seed},
         )
         return _Sample(prompt, index, request)
 
     async def _closed_batch(
-        self, groups: list[list[_Sample]], policy_version: int, report: Callable[[int], None]
+        self, groups: list[list[_Sample]], batch: _Batch, report: Callable[[int], None]
     ) -> list[RolloutGroup]:
         """All samples in one request, in order, so that the server's batches depend on nothing else."""
         samples = [sample for group in groups for sample in group]
         if not samples:
             return []
         client = self._clients[samples[0].prompt.id % len(self._clients)]
-        rollouts = iter(await self._request(client, samples, policy_version))
+        rollouts = iter(await self._request(client, samples, batch))
         report(len(samples))
         return [
             RolloutGroup(prompt=group[0].prompt, rollouts=[next(rollouts) for _ in group]) for group in groups
         ]
 
     async def _concurrently(
-        self, groups: list[list[_Sample]], policy_version: int, report: Callable[[int], None]
+        self, groups: list[list[_Sample]], batch: _Batch, report: Callable[[int], None]
     ) -> list[RolloutGroup]:
         """One request per group, each to the server with the fewest in flight.
 
@@ -165,7 +180,7 @@ class RolloutEngine:
                 client = min(self._clients, key=lambda client: in_flight[client])
                 in_flight[client] += 1
                 try:
-                    rollouts = await self._request(client, group, policy_version)
+                    rollouts = await self._request(client, group, batch)
                 finally:
                     in_flight[client] -= 1
             num_finished += len(rollouts)
@@ -174,17 +189,20 @@ class RolloutEngine:
 
         return await run_all(run(group) for group in groups)
 
-    async def _request(
-        self, client: SGLangClient, samples: list[_Sample], policy_version: int
-    ) -> list[Rollout]:
+    async def _request(self, client: SGLangClient, samples: list[_Sample], batch: _Batch) -> list[Rollout]:
         responses = await client.generate(
-            [sample.request for sample in samples], extra_key=str(policy_version), vocab_size=self._vocab_size
+            [sample.request for sample in samples],
+            extra_key=str(batch.policy_version),
+            vocab_size=self._vocab_size,
+            num_topk=batch.num_topk,
         )
         completions = [
             parse_completion(
                 response,
-                newest_version=policy_version,
+                newest_version=batch.policy_version,
                 where=f"{client.endpoint}/generate: request {sample.request.rid}",
+                vocab_size=self._vocab_size,
+                num_topk=batch.num_topk,
             )
             for sample, response in zip(samples, responses, strict=True)
         ]
@@ -198,6 +216,8 @@ class RolloutEngine:
                 policy_versions=completion.policy_versions,
                 finish_reason=completion.finish_reason,
                 text=text,
+                topk_ids=completion.topk_ids,
+                topk_logprobs=completion.topk_logprobs,
             )
             for sample, completion, text in zip(samples, completions, texts, strict=True)
         ]
@@ -229,7 +249,7 @@ class RolloutEngine:
         return self._runner.run(coroutine)
 
 
-def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int, round_index: int = 0) -> int:
     """The seed of one sample, in [0, 2^63): stable across machines, layouts and Python versions."""
-    key = f"{run_seed}/{step}/{prompt_id}/{sample_index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+    key = f"{run_seed}/{step}/{prompt_id}/{sample_index}" + (f"/{round_index}" if round_index else "")
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""Two updates under every two-rank layout against one rank: losses, gradient norms, logprobs, weights."""
+"""Two updates on two or four ranks against one rank: losses, gradient norms, logprobs, weights."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from megatron_drpo.config import (
     Recompute,
     RolloutConfig,
 )
+from megatron_drpo.context_parallel import merge_context_parallel
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.metrics.diagnostics import summarise
@@ -33,13 +34,14 @@ from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import TrainSequence
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 LENGTHS = [[5, 17, 2, 9, 31, 3, 12], [8, 40, 6]]
 """Tokens of the sequences of each update: micro-batches of unequal lengths."""
 
 TENSOR = {"tensor_parallel_size": 2, "sequence_parallel": True}
 PIPELINE = {"pipeline_parallel_size": 2}
+CONTEXT = {"context_parallel_size": 2}
 LAYOUTS: dict[str, tuple[str, dict[str, Any], Recompute]] = {
     "TP2": ("dense_tied", {"tensor_parallel_size": 2}, Recompute.none),
     "TP2+SP": ("dense", TENSOR, Recompute.full),
@@ -50,6 +52,16 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Recompute]] = {
     "PP2, VPP2": ("moe", {**PIPELINE, "virtual_pipeline_parallel_size": 2}, Recompute.none),
     "EP2": ("moe_mixed", {"data_parallel_size": 2, "expert_parallel_size": 2}, Recompute.none),
     "DP2": ("moe", {"data_parallel_size": 2}, Recompute.full),
+    "CP2": ("dense_tied", CONTEXT, Recompute.selective),
+    "CP2 MoE": ("moe", CONTEXT, Recompute.full),
+    "CP2, EP2": ("moe_mixed", {**CONTEXT, "expert_parallel_size": 2}, Recompute.none),
+    "TP2+SP, CP2, EP2": ("moe", {**TENSOR, **CONTEXT, "expert_parallel_size": 2}, Recompute.none),
+    "PP2, VPP2, CP2": (
+        "moe",
+        {**PIPELINE, **CONTEXT, "virtual_pipeline_parallel_size": 2},
+        Recompute.full,
+    ),
+    "CP2, DP2": ("dense", {**CONTEXT, "data_parallel_size": 2}, Recompute.none),
 }
 
 
@@ -82,7 +94,8 @@ def train(config: Config, batches: list[list[TrainSequence]]) -> dict[str, Any]:
         for micro_batch, values in zip(
             micro_batches, policy.compute_logprobs(micro_batches), strict=parallel.is_last_stage
         ):
-            logprobs |= unpack(values, micro_batch)
+            pieces = parallel.gather_over_context(values)
+            logprobs |= unpack(merge_context_parallel(pieces, micro_batch.cu_seqlens), micro_batch)
         result = policy.train_step(micro_batches, StepTimer())
         updates.append((result.loss, result.grad_norm, summarise(result.diagnostics)["policy/entropy"]))
     return {
@@ -113,7 +126,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_give_the_result_of_one(
+def test_several_ranks_give_the_result_of_one(
     run_distributed: Callable[..., list[Any]],
     single_rank: Callable[..., dict[str, Any]],
     hf_model: Callable[[str], Path],
@@ -124,15 +137,16 @@ def test_two_ranks_give_the_result_of_one(
     config = make_config(hf_model(model), ParallelConfig(**sizes), recompute)
     batches = [make_sequences(lengths) for lengths in LENGTHS]
     expected = single_rank(config, batches)
-    ranks = run_distributed(train, 2, config, batches)
+    ranks = run_distributed(train, config.parallel.world_size, config, batches, timeout_s=100.0)
 
-    assert ranks[0]["num_micro_batches"] == ranks[1]["num_micro_batches"] > 1
+    assert ranks[0]["num_micro_batches"] > 1
     for rank in ranks:
+        assert rank["num_micro_batches"] == ranks[0]["num_micro_batches"]
         assert rank["updates"] == ranks[0]["updates"], "all ranks report the same"
     for found, wanted in zip(ranks[0]["updates"], expected["updates"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
 
-    assert ranks[1]["weights"] == {}
+    assert all(rank["weights"] == {} for rank in ranks[1:])
     assert ranks[0]["weights"].keys() == expected["weights"].keys()
     distances = {name: distance(ranks[0]["weights"][name], w) for name, w in expected["weights"].items()}
     assert max(distances.values()) < 1e-5, max(distances.items(), key=lambda item: item[1])

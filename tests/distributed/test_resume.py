@@ -35,6 +35,7 @@ TP2 = ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, expert_tens
 TP2_PP2_EP2 = ParallelConfig(
     tensor_parallel_size=2, sequence_parallel=True, pipeline_parallel_size=2, expert_parallel_size=2
 )
+CP2 = ParallelConfig(context_parallel_size=2)
 STEPS_BEFORE = 2
 STEPS_AFTER = 2
 
@@ -127,6 +128,15 @@ def two_ranks(model: Path, run_dir: str) -> list[Continued]:
         train_save_continue(model, EP2, run_dir),
         load_continue(model, EP2, run_dir),
         load_continue(model, TP2, run_dir),
+        load_continue(model, CP2, run_dir),
+    ]
+
+
+def two_context_ranks(model: Path, run_dir: str) -> list[Continued]:
+    return [
+        train_save_continue(model, CP2, run_dir),
+        load_continue(model, CP2, run_dir),
+        load_continue(model, EP2, run_dir),
     ]
 
 
@@ -149,10 +159,11 @@ def test_resume_under_the_same_and_other_layouts(
     run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model, ep2_dir, single_dir = hf_model("moe"), str(tmp_path / "ep2"), str(tmp_path / "single")
-    undisturbed, same, tp2 = run_distributed(two_ranks, 2, model, ep2_dir)[0]
+    undisturbed, same, tp2, cp2 = run_distributed(two_ranks, 2, model, ep2_dir)[0]
     assert min(abs(loss) for loss in undisturbed.losses) > 0.01
     assert same == undisturbed, "bit for bit"
     check_close(tp2, undisturbed)
+    check_close(cp2, undisturbed)
 
     [[single, undisturbed_single, same_single]] = run_distributed(
         one_rank_alone, 1, model, ep2_dir, single_dir
@@ -162,6 +173,18 @@ def test_resume_under_the_same_and_other_layouts(
 
     [four, *_] = run_distributed(load_continue, 4, model, TP2_PP2_EP2, single_dir)
     check_close(four, undisturbed_single)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_resume_of_context_ranks(
+    run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two ranks hold the same parameters: one copy is saved, both read it."""
+    undisturbed, same, ep2 = run_distributed(two_context_ranks, 2, hf_model("moe"), str(tmp_path))[0]
+    assert min(abs(loss) for loss in undisturbed.losses) > 0.01
+    assert same == undisturbed, "bit for bit"
+    check_close(ep2, undisturbed)
 
 
 # ----------------------------------------------------------------------------- the servers' weights

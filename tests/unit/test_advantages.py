@@ -90,6 +90,77 @@ def test_a_group_of_one_has_no_baseline() -> None:
     assert compute_advantages(rewards, Advantage.uncentred).tolist() == [[5.0], [-2.0]]
 
 
+def normalised(rewards: list[list[float]], counts: list[list[int]]) -> list[list[float]]:
+    """REINFORCE++ with every token written out."""
+    centred = [[r - sum(group) / len(group) for r in group] for group in rewards]
+    tokens = [
+        value
+        for values, numbers in zip(centred, counts, strict=True)
+        for value, number in zip(values, numbers, strict=True)
+        for _ in range(number)
+    ]
+    mean = sum(tokens) / len(tokens)
+    std = math.sqrt(sum((value - mean) ** 2 for value in tokens) / len(tokens))
+    return [[(value - mean) / std for value in values] for values in centred]
+
+
+REWARDS = [[1.0, 0.0, 0.0, 3.0], [2.0, 4.0, 4.0, 6.0], [5.0, 5.0, 5.0, 5.0]]
+COUNTS = [[1, 5, 2, 3], [4, 0, 7, 1], [2, 2, 6, 1]]
+
+
+def test_reinforce_plus_plus_is_normalised_over_tokens() -> None:
+    actual = compute_advantages(
+        tensor(REWARDS), Advantage.reinforce_plus_plus, num_tokens_PG=torch.tensor(COUNTS)
+    )
+    expected = tensor(normalised(REWARDS, COUNTS))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    weights = tensor([[float(count) for count in row] for row in COUNTS])
+    assert abs((weights * actual).sum().item()) < 1e-9
+    assert (weights * actual.square()).sum().item() == pytest.approx(weights.sum().item())
+
+
+def test_reinforce_plus_plus_without_counts_is_over_samples() -> None:
+    ones = [[1] * 4] * 3
+    actual = compute_advantages(tensor(REWARDS), Advantage.reinforce_plus_plus)
+    torch.testing.assert_close(actual, tensor(normalised(REWARDS, ones)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", [0, 1, 2])
+def test_reinforce_plus_plus_over_replicas_is_that_over_one(split: int) -> None:
+    """Two replicas, one of them possibly empty: the same advantages as from all groups together."""
+    parts: list[Tensor] = []
+
+    def keep(moments: Tensor) -> Tensor:
+        parts.append(moments)
+        return moments
+
+    shares = [(tensor(REWARDS)[part], torch.tensor(COUNTS)[part]) for part in (slice(split), slice(split, 3))]
+    for rewards, counts in shares:
+        compute_advantages(
+            rewards, Advantage.reinforce_plus_plus, num_tokens_PG=counts, sum_over_replicas=keep
+        )
+    total = parts[0] + parts[1]
+    actual = [
+        compute_advantages(
+            rewards,
+            Advantage.reinforce_plus_plus,
+            num_tokens_PG=counts,
+            sum_over_replicas=lambda moments: total,
+        )
+        for rewards, counts in shares
+    ]
+    expected = tensor(normalised(REWARDS, COUNTS))
+    torch.testing.assert_close(torch.cat(actual), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [[[3, 1], [1, 2]], [[0, 0], [0, 0]]])
+def test_reinforce_plus_plus_of_equal_rewards_or_without_tokens(counts: list[list[int]]) -> None:
+    """Nothing is learned, and nothing divides by 0."""
+    equal = tensor([[0.1, 0.1], [7.0, 7.0]])
+    actual = compute_advantages(equal, Advantage.reinforce_plus_plus, num_tokens_PG=torch.tensor(counts))
+    assert actual.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("estimator", list(Advantage))
 def test_result_has_the_dtype_of_the_rewards_and_its_own_memory(estimator: Advantage) -> None:
     rewards = torch.tensor([[1.0, 0.0]])

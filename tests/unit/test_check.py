@@ -7,17 +7,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.config import (
+    Advantage,
     AlgorithmConfig,
     CheckpointConfig,
     Config,
     DataConfig,
+    DynamicSamplingConfig,
     LossConfig,
     Mode,
+    Overlong,
     ParallelConfig,
     PolicyConfig,
     RewardConfig,
@@ -110,6 +114,67 @@ def test_warnings(config: Config, rollout: RolloutConfig, delta: float, expected
     assert len(found) == len(expected)
     for warning, text in zip(found, expected, strict=True):
         assert text in warning
+
+
+@pytest.mark.parametrize(
+    ("rollout", "reward", "algorithm", "expected"),
+    [
+        ({"num_samples_per_prompt": 1}, {}, {}, ["algorithm.advantage=group_mean: a sample that is its own"]),
+        ({"num_samples_per_prompt": 1}, {}, {"advantage": Advantage.uncentred}, []),
+        (
+            {"num_samples_per_prompt": 1},
+            {},
+            {"advantage": Advantage.uncentred, "dynamic_sampling": DynamicSamplingConfig(enabled=True)},
+            ["algorithm.dynamic_sampling.enabled=True needs rollout.num_samples_per_prompt of at least 2"],
+        ),
+        ({"num_samples_per_prompt": 2}, {}, {"dynamic_sampling": DynamicSamplingConfig(enabled=True)}, []),
+        ({}, {}, {"loss": LossConfig(name="dppo_topk_tv", num_topk=101)}, []),
+        (
+            {},
+            {},
+            {"loss": LossConfig(name="dppo_topk_tv", num_topk=102)},
+            ["algorithm.loss.num_topk=102: must not exceed the model's vocab_size, 101"],
+        ),
+        ({}, {}, {"loss": LossConfig(name="drpo", num_topk=102)}, []),
+        (
+            {"max_response_tokens": 8},
+            {"overlong": Overlong.soft_penalty, "overlong_buffer_tokens": 9},
+            {},
+            ["reward.overlong_buffer_tokens=9: must not exceed rollout.max_response_tokens=8"],
+        ),
+        (
+            {"max_response_tokens": 8},
+            {"overlong": Overlong.soft_penalty, "overlong_buffer_tokens": 8},
+            {},
+            [],
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    config: Config,
+    rollout: dict[str, Any],
+    reward: dict[str, Any],
+    algorithm: dict[str, Any],
+    expected: list[str],
+) -> None:
+    config.rollout = RolloutConfig(**rollout)
+    config.reward = RewardConfig(**reward)
+    config.algorithm = AlgorithmConfig(**algorithm)
+    problems = check_config(config)
+    assert len(problems) == len(expected)
+    for problem, text in zip(problems, expected, strict=True):
+        assert text in problem
+    Path(config.data.train_path).write_text('{"prompt": "1+1=", "response": "2"}\n')
+    config.train = TrainConfig(mode=Mode.sft)
+    assert check_config(config) == [], "nothing of this matters without rollouts"
+
+
+def test_dropping_what_uncentred_advantages_would_learn_from(config: Config) -> None:
+    config.algorithm = AlgorithmConfig(
+        advantage=Advantage.uncentred, dynamic_sampling=DynamicSamplingConfig(enabled=True)
+    )
+    (warning,) = warn_config(config)
+    assert "groups of equal rewards are dropped" in warning
 
 
 def test_a_model_without_a_tokenizer(config: Config, tmp_path: Path, hf_model: Callable[[str], Path]) -> None:

@@ -14,6 +14,7 @@ from megatron_drpo.config import (
     AlgorithmConfig,
     Config,
     DataConfig,
+    DynamicSamplingConfig,
     EvalConfig,
     MetricsConfig,
     Overlong,
@@ -21,15 +22,15 @@ from megatron_drpo.config import (
     RewardConfig,
     RolloutConfig,
 )
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare, PromptSource
+from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.experience import (
     EVAL_SEED_STEP,
     DemonstrationExperience,
     Evaluator,
-    PromptShare,
+    Experience,
     RolloutExperience,
     SampleStatistics,
-    build_sequences,
 )
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.rewards.pool import RewardPool
@@ -89,34 +90,21 @@ def make_config(**sections: Any) -> Config:
     return replace(config, **sections)
 
 
-def make_experience(config: Config, share: PromptShare) -> tuple[RolloutExperience, Engine]:
-    engine = Engine()
-    rewards = cast(RewardPool, Rewards())
-    return RolloutExperience(config, share, cast(RolloutEngine, engine), rewards), engine
-
-
-# -------------------------------------------------------------------------------------------- shares
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_replicas_share_the_prompts_of_a_step(size: int) -> None:
-    """Together the same prompts whatever the number of replicas; none twice."""
-    shares = [make_share(4, rank, size) for rank in range(size)]
-    for expected in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]):
-        parts = [[prompt.id for prompt in share.next()] for share in shares]
-        assert {len(part) for part in parts} == {4 // size}
-        assert sorted(id_ for part in parts for id_ in part) == expected
-
-
-def test_prompts_count_when_the_step_is_done() -> None:
-    """On every replica all prompts of the step are marked, its own or not."""
-    share = make_share(4, rank=1, size=2)
-    share.next()
-    assert share.source.num_consumed == 0
-    share.mark_consumed()
-    assert share.source.num_consumed == 4
-    share.mark_consumed()
-    assert share.source.num_consumed == 4
+def make_experience(
+    config: Config, share: PromptShare, *, rewards: Any = None, engine: Any = None, **arguments: Any
+) -> tuple[RolloutExperience, Engine]:
+    """Of a single replica, unless `agree` and `sum_over_replicas` say otherwise."""
+    engine = engine or Engine()
+    alone: dict[str, Any] = {"agree": lambda value: value, "sum_over_replicas": lambda values: values}
+    alone |= {"vocab_size": 100, "num_topk": 0} | arguments
+    experience = RolloutExperience(
+        config,
+        share,
+        cast(RolloutEngine, engine),
+        cast(RewardPool, rewards or Rewards()),
+        **alone,
+    )
+    return experience, engine
 
 
 # -------------------------------------------------------------------------------------------- rollouts
@@ -126,7 +114,9 @@ def test_sequences_of_a_step_by_hand() -> None:
     config = make_config(algorithm=AlgorithmConfig(advantage=Advantage.group_mean))
     experience, engine = make_experience(config, make_share(2))
     result = experience.collect(5, policy_version=4, timer=StepTimer())
-    assert engine.calls == [{"prompts": [0, 1], "policy_version": 4, "step": 5}]
+    assert engine.calls == [
+        {"prompts": [0, 1], "policy_version": 4, "step": 5, "round_index": 0, "num_topk": 0}
+    ]
     assert [sequence.id for sequence in result.sequences] == [0, 1, 2, 3]
     expected = [
         ([7], [10], -0.5),
@@ -213,15 +203,138 @@ def test_only_some_rollouts_are_kept_for_reading() -> None:
     assert result.records[2].mean_logprob == pytest.approx(-0.75)
 
 
-def test_a_left_out_rollout_keeps_its_tokens() -> None:
-    rollouts = [sample(PROMPTS[1], 0), sample(PROMPTS[2], 0)]
-    kept, sequence = build_sequences(rollouts, torch.tensor([0.5, 1.5]), [False, True])
-    assert kept.loss_mask.all()
-    assert kept.advantages.tolist() == [0.5] * 2
-    assert sequence.id == 1
-    assert len(sequence) == 3 + 3
-    assert not sequence.loss_mask.any()
-    assert sequence.advantages.tolist() == [1.5] * 3
+def test_reinforce_plus_plus_over_two_replicas() -> None:
+    """Each replica's own prompt and the moments of both: lengths 1, 2 and 2, 3, centred rewards -1/2, 1/2."""
+    config = make_config(algorithm=AlgorithmConfig(advantage=Advantage.reinforce_plus_plus))
+    mean = (-0.5 * 1 + 0.5 * 2 - 0.5 * 2 + 0.5 * 3) / 8
+    std = (0.25 - mean**2) ** 0.5
+    for rank in range(2):
+        share = make_share(2, rank, 2)
+        other = torch.tensor([3.0, 0.5, 0.75] if rank else [5.0, 0.5, 1.25], dtype=torch.float64)
+        experience, _ = make_experience(config, share, sum_over_replicas=other.add)
+        result = experience.collect(0, policy_version=0, timer=StepTimer())
+        advantages = [sequence.advantages[0].item() for sequence in result.sequences]
+        assert advantages == pytest.approx([(-0.5 - mean) / std, (0.5 - mean) / std], rel=1e-6)
+
+
+def test_masked_responses_do_not_enter_the_normalisation() -> None:
+    """The second sample of each group is cut off and masked: only the first ones' tokens count."""
+    config = make_config(
+        algorithm=AlgorithmConfig(advantage=Advantage.reinforce_plus_plus),
+        reward=RewardConfig(overlong=Overlong.mask),
+    )
+    experience, _ = make_experience(config, make_share(2))
+    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    # All counted tokens have the centred reward -1/2: mean -1/2, variance 0, held at 1e-8.
+    assert [sequence.advantages[0].item() for sequence in result.sequences] == pytest.approx([0, 1e4] * 2)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
+    class OneBroken(Rewards):
+        def score(self, rollouts: list[Rollout]) -> list[float]:
+            return [*super().score(rollouts)[:-1], reward]
+
+    experience, _ = make_experience(make_config(), make_share(2), rewards=OneBroken())
+    with pytest.raises(RewardError, match=rf"prompt 1 \(line 2\), sample 1: it is {reward}, expected"):
+        experience.collect(0, policy_version=0, timer=StepTimer())
+
+
+def test_topk_goes_from_the_engine_into_the_sequences() -> None:
+    class WithTopk(Engine):
+        def generate(self, prompts: list[Prompt], **settings: Any) -> list[RolloutGroup]:
+            groups = super().generate(prompts, **settings)
+            for rollout in (r for group in groups for r in group.rollouts):
+                rollout.topk_ids = [[10 + p, 3] for p in range(len(rollout.response_ids))]
+                rollout.topk_logprobs = [[-0.7, -1.5 - p] for p in range(len(rollout.response_ids))]
+            return groups
+
+    experience, engine = make_experience(make_config(), make_share(2), engine=WithTopk(), num_topk=2)
+    sequence = experience.collect(0, policy_version=0, timer=StepTimer()).sequences[3]
+    assert engine.calls[0]["num_topk"] == 2
+    assert sequence.topk_ids is not None
+    assert sequence.topk_logprobs is not None
+    assert sequence.topk_ids.tolist() == [[10, 3], [11, 3], [12, 3]]
+    torch.testing.assert_close(
+        sequence.topk_logprobs, torch.tensor([[-0.7, -1.5], [-0.7, -2.5], [-0.7, -3.5]])
+    )
+
+
+# ------------------------------------------------------------------------------------ dynamic sampling
+
+
+class SomeConstant(Rewards):
+    """As Rewards, but all samples of the prompts given earn the same."""
+
+    def __init__(self, *prompt_ids: int) -> None:
+        self.prompt_ids = prompt_ids
+
+    def score(self, rollouts: list[Rollout]) -> list[float]:
+        return [1.0 if r.prompt.id in self.prompt_ids else float(r.sample_index) for r in rollouts]
+
+
+DYNAMIC = AlgorithmConfig(dynamic_sampling=DynamicSamplingConfig(enabled=True, max_rounds=3))
+
+
+def prompts_of(result: Experience) -> list[int]:
+    """Of the sequences' groups: a prompt's length tells its id."""
+    return [sequence.prompt_length - 1 for sequence in result.sequences[::2]]
+
+
+def test_dropped_groups_are_refilled_on_one_replica() -> None:
+    share = make_share(4)
+    experience, engine = make_experience(make_config(algorithm=DYNAMIC), share, rewards=SomeConstant(0, 3, 5))
+    result = experience.collect(7, policy_version=0, timer=StepTimer())
+    # Of 0..3 half are kept, so 2 missing ones take 4; of 4..7 three are kept and one is cut.
+    assert [(call["prompts"], call["step"], call["round_index"]) for call in engine.calls] == [
+        ([0, 1, 2, 3], 7, 0),
+        ([4, 5, 6, 7], 7, 1),
+    ]
+    assert prompts_of(result) == [1, 2, 4, 6]
+    assert [sequence.id for sequence in result.sequences] == list(range(8))
+    assert [sequence.advantages[0].item() for sequence in result.sequences] == [-0.5, 0.5] * 4
+    counted = result.statistics
+    assert (counted.num_rounds, counted.num_groups, counted.num_groups_dropped) == (2, 8, 3)
+    assert counted.num_samples == 16, "metrics are of all that was sampled"
+    share.mark_consumed()
+    assert share.source.num_consumed == 8
+
+
+def test_a_replica_without_any_group_takes_part_in_the_sum() -> None:
+    """All of its prompts are constant; the other replica, which has one, would wait for it."""
+    sums: list[list[float]] = []
+
+    def at_least_one(value: int) -> int:
+        return max(value, 1)
+
+    def collective(values: torch.Tensor) -> torch.Tensor:
+        sums.append(values.tolist())
+        return values
+
+    experience, engine = make_experience(
+        make_config(algorithm=replace(DYNAMIC, advantage=Advantage.reinforce_plus_plus)),
+        make_share(4, 0, 2),
+        rewards=SomeConstant(0, 2, 4, 6),
+        agree=at_least_one,
+        sum_over_replicas=collective,
+    )
+    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    assert [call["prompts"] for call in engine.calls] == [[0, 2], [4, 6], [0, 2]]
+    assert result.sequences == result.records == []
+    assert result.statistics.num_rounds == 3
+    assert sums == [[0.0, 0.0, 0.0]]
+
+
+def test_a_penalty_does_not_make_a_group_vary() -> None:
+    """Equal rewards, unequal lengths: shaped rewards would differ, the unshaped ones do not."""
+    config = make_config(
+        rollout=RolloutConfig(num_samples_per_prompt=2, max_response_tokens=4),
+        reward=RewardConfig(overlong=Overlong.soft_penalty, overlong_buffer_tokens=4),
+        algorithm=DYNAMIC,
+    )
+    experience, _ = make_experience(config, make_share(1), rewards=SomeConstant(0))
+    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    assert prompts_of(result) == [1]
 
 
 # ----------------------------------------------------------------------------------- demonstrations
@@ -235,7 +348,8 @@ class Tokenizer:
 
 def test_demonstrations_end_with_end_of_sequence() -> None:
     tokenizer = cast(PreTrainedTokenizerBase, Tokenizer())
-    result = DemonstrationExperience(make_share(2), tokenizer, 99).collect(0, 0, StepTimer())
+    source = DemonstrationExperience(make_share(2), tokenizer, 99, vocab_size=100)
+    result = source.collect(0, 0, StepTimer())
     assert [sequence.token_ids.tolist() for sequence in result.sequences] == [
         [7, 50, 51, 99],
         [7, 7, 50, 51, 99],
@@ -249,6 +363,18 @@ def test_demonstrations_end_with_end_of_sequence() -> None:
     assert result.records == []
 
 
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    tokenizer = cast(PreTrainedTokenizerBase, Tokenizer())
+    source = DemonstrationExperience(make_share(2), tokenizer, 99, vocab_size=51)
+    with pytest.raises(
+        DataError, match=r"prompt 0 \(line 1\): response token 1 is the id 51, which .* 0\.\.50"
+    ):
+        source.collect(0, 0, StepTimer())
+    source = DemonstrationExperience(make_share(2), tokenizer, 3, vocab_size=7)
+    with pytest.raises(DataError, match=r"prompt 0 \(line 1\): prompt token 0 is the id 7"):
+        source.collect(0, 0, StepTimer())
+
+
 # ---------------------------------------------------------------------------------------- evaluation
 
 
@@ -257,17 +383,8 @@ def test_evaluation_samples_k_responses_with_seeds_of_its_own() -> None:
     engine = Engine()
     evaluator = Evaluator(config, PROMPTS[1:3], cast(RolloutEngine, engine), cast(RewardPool, Rewards()))
     statistics = evaluator.evaluate(policy_version=6)
-    assert engine.calls == [
-        {
-            "prompts": [1, 2],
-            "policy_version": 6,
-            "step": EVAL_SEED_STEP,
-            "num_samples_per_prompt": 3,
-            "temperature": 0.5,
-            "top_p": 0.9,
-            "on_progress": None,
-        }
-    ]
+    expected = {"prompts": [1, 2], "policy_version": 6, "step": EVAL_SEED_STEP, "on_progress": None}
+    assert engine.calls == [expected | {"num_samples_per_prompt": 3, "temperature": 0.5, "top_p": 0.9}]
     assert statistics.num_samples == 6
     assert statistics.reward_sum == 10 + 11 + 12 + 20 + 21 + 22
     assert statistics.num_truncated == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -22,6 +22,8 @@ from megatron_drpo.config import (
     TrainConfig,
 )
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.losses.objective import Objective
+from megatron_drpo.losses.surrogate import SurrogateLoss
 from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
 from megatron_drpo.policy.policy import Policy
@@ -34,6 +36,7 @@ class PolicyWithoutModel:
 
     parallel: ParallelState
     multiple: int = 1
+    objective: Objective = field(default_factory=lambda: Objective(loss=SurrogateLoss()))
 
     def round_up_micro_batches(self, count: int) -> int:
         return -(-count // self.multiple) * self.multiple
@@ -66,6 +69,33 @@ def test_each_update_takes_an_equal_share_in_order(
     for batch in batches:
         total = sum(m.token_weights_T.double().sum().item() for m in batch)
         assert total == pytest.approx(1.0, rel=1e-6)  # each update is normalised by itself
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "num_updates", "expected"),
+    [
+        (7, 3, [[0, 1, 2], [3, 4], [5, 6]]),
+        (5, 4, [[0, 1], [2], [3], [4]]),
+        (2, 3, [[0], [1], []]),
+        (1, 2, [[0], []]),
+        (0, 2, [[], []]),
+    ],
+)
+def test_fewer_sequences_than_planned_are_spread(
+    one_rank: ParallelState,
+    make_sequences: Callable[..., list[TrainSequence]],
+    num_sequences: int,
+    num_updates: int,
+    expected: list[list[int]],
+) -> None:
+    """None is lost; an update without any has one micro-batch without loss."""
+    sequences = make_sequences([5, 9, 4, 12, 7, 8, 6][:num_sequences])
+    batches = batches_of(make_config(num_updates=num_updates), one_rank, sequences)
+    assert [sorted(id_ for m in batch for id_ in m.sequence_ids) for batch in batches] == expected
+    for batch, ids in zip(batches, expected, strict=True):
+        assert len(batch) >= 1
+        total = sum(m.token_weights_T.double().sum().item() for m in batch)
+        assert total == pytest.approx(1.0 if ids else 0.0, rel=1e-6)
 
 
 def test_the_schedule_gets_the_number_it_wants(
@@ -139,3 +169,20 @@ def test_the_ranks_of_a_replica_get_the_leaders_batch(
     assert leader == other
     assert all(num_tokens % 2 == 0 for _, num_tokens, *_ in leader)
     assert sorted(id_ for ids, *_ in leader for id_ in ids) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_context_ranks_share_the_tokens_of_every_micro_batch(
+    run_distributed: Callable[..., list[Any]], make_sequences: Callable[..., list[TrainSequence]]
+) -> None:
+    """Padded to 8, 20, 4, 12 and 16 tokens, in micro-batches of at most 20; each rank has half of each."""
+    sequences = make_sequences([5, 17, 2, 9, 13])
+    parallel = ParallelConfig(context_parallel_size=2)
+    first, second = run_distributed(_pack_own_share, 2, make_config(), parallel, [sequences])
+    assert [ids for ids, *_ in first] == [ids for ids, *_ in second]
+    assert sorted(ids for ids, *_ in first) == [[0, 3], [1], [2, 4]]
+    assert [num_tokens for _, num_tokens, *_ in first] == [10, 10, 10]
+    assert [num_tokens for _, num_tokens, *_ in second] == [10, 10, 10]
+    assert all(weight > 0 for _, _, weight, _ in first + second)
+    assert sum(weight for _, _, weight, _ in first + second) == pytest.approx(1.0, rel=1e-6)

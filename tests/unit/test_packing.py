@@ -107,6 +107,89 @@ def test_packed_fields_by_hand() -> None:
     assert batch.cu_seqlens.tolist() == [0, 4, 8, 10]
     assert batch.cu_seqlens.dtype is torch.int32
     assert (batch.max_seqlen, batch.sequence_ids, batch.prompt_lengths) == (4, [5, 3], [2, 1])
+    assert batch.response_lengths == [2, 3]
+    assert batch.sequence_index_T.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_sequences_padded_by_hand() -> None:
+    """Prompt 11 12, response 13 14 15, padded from 5 to 8; prompt 21, response 22; all padded to 16."""
+    first = TrainSequence(
+        id=5,
+        token_ids=torch.tensor([11, 12, 13, 14, 15]),
+        prompt_length=2,
+        advantages=torch.tensor([1.0, 2.0, 3.0]),
+        rollout_logprobs=torch.tensor([-0.5, -0.25, -0.125]),
+        loss_mask=torch.tensor([True, True, True]),
+    )
+    second = TrainSequence(
+        id=3,
+        token_ids=torch.tensor([21, 22]),
+        prompt_length=1,
+        advantages=torch.tensor([4.0]),
+        rollout_logprobs=torch.tensor([-2.0]),
+        loss_mask=torch.tensor([True]),
+    )
+    weights = [torch.tensor([0.5, 0.25, 1.0]), torch.tensor([2.0])]
+    batch = pack([first, second], weights, pad_to_multiple=16, pad_sequences_to=4)
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert batch.max_seqlen == 8
+    assert batch.token_ids_T.tolist() == [11, 12, 13, 14, 15, 0, 0, 0, 21, 22, 0, 0, 0, 0, 0, 0]
+    assert batch.position_ids_T.tolist() == [*range(8), *range(4), *range(4)]
+    assert batch.labels_T.tolist() == [12, 13, 14, 15, 0, 0, 0, 0, 22, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.loss_mask_T.int().tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.advantages_T.tolist() == [0, 1, 2, 3, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.token_weights_T.tolist() == [0, 0.5, 0.25, 1, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.sequence_index_T.tolist() == [0] * 8 + [1] * 4 + [2] * 4
+    assert (batch.sequence_ids, batch.prompt_lengths, batch.response_lengths) == ([5, 3], [2, 1], [3, 1])
+    unpacked = unpack(batch.labels_T, batch)
+    assert {id_: values.tolist() for id_, values in unpacked.items()} == {5: [13, 14, 15], 3: [22]}
+
+
+def test_the_plan_counts_padded_sequences() -> None:
+    """Two sequences of 5 fit into 12, but not once each takes 8."""
+    assert plan_micro_batches([5, 5], 12) == [[0, 1]]
+    assert plan_micro_batches([5, 5], 12, pad_sequences_to=8) == [[0], [1]]
+    assert plan_micro_batches([5, 5], 16, pad_sequences_to=8) == [[0, 1]]
+
+
+def test_paddings_must_agree() -> None:
+    with pytest.raises(ValueError, match="pad_to_multiple=6: must be a multiple of pad_sequences_to=4"):
+        pack([], [], pad_to_multiple=6, pad_sequences_to=4)
+
+
+def test_most_probable_ids_stand_where_their_token_is_predicted() -> None:
+    sequences, weights = _sequences([(2, 2), (1, 1)])
+    sequences[0].topk_ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    sequences[0].topk_logprobs = torch.tensor([[-0.5, -1.0, -2.0], [-0.25, -3.0, -4.0]])
+    sequences[1].topk_ids = torch.tensor([[7, 8, 9]])
+    sequences[1].topk_logprobs = torch.tensor([[-0.125, -5.0, -6.0]])
+    batches = pack_global_batch(
+        sequences, weights, max_tokens=9, pad_to_multiple=7, num_topk=3, num_micro_batches=2
+    )
+    ids, logprobs = batches[0].topk_ids_TK, batches[0].topk_logprobs_TK
+    assert ids is not None
+    assert logprobs is not None
+    none = [0, 0, 0]
+    assert ids.tolist() == [none, [1, 2, 3], [4, 5, 6], none, [7, 8, 9], none, none]
+    assert logprobs[1].tolist() == [-0.5, -1.0, -2.0]
+    assert logprobs[4].tolist() == [-0.125, -5.0, -6.0]
+    assert logprobs.abs().sum(1).count_nonzero() == 3
+    dummy_ids, dummy_logprobs = batches[1].topk_ids_TK, batches[1].topk_logprobs_TK
+    assert dummy_ids is not None
+    assert dummy_logprobs is not None
+    assert dummy_ids.tolist() == [none] * 7
+    assert dummy_logprobs.tolist() == [none] * 7
+    assert pack(sequences, weights, pad_to_multiple=1).topk_ids_TK is None
+
+
+def test_missing_most_probable_ids_are_refused() -> None:
+    sequences, weights = _sequences([(2, 2)])
+    with pytest.raises(DataError, match="sequence 100: topk_ids has the shape None, but the loss asks for 3"):
+        pack(sequences, weights, pad_to_multiple=1, num_topk=3)
+    sequences[0].topk_ids = torch.zeros(2, 3, dtype=torch.int64)
+    sequences[0].topk_logprobs = torch.zeros(2, 2)
+    with pytest.raises(DataError, match=r"topk_logprobs has the shape \(2, 2\), .* at each of 2 response"):
+        pack(sequences, weights, pad_to_multiple=1, num_topk=3)
 
 
 def test_no_padding_sequence_when_none_is_needed() -> None:
@@ -114,13 +197,19 @@ def test_no_padding_sequence_when_none_is_needed() -> None:
     assert pack(sequences, weights, pad_to_multiple=4).cu_seqlens.tolist() == [0, 4, 8]
 
 
-@given(shapes, st.integers(1, 8), st.integers(5, 30))
+@given(shapes, st.integers(1, 8), st.sampled_from([1, 2, 4, 8]), st.integers(5, 30))
 def test_pack_conserves_tokens_and_unpack_undoes_it(
-    pairs: list[tuple[int, int]], pad_to_multiple: int, max_tokens: int
+    pairs: list[tuple[int, int]], multiple: int, pad_sequences_to: int, max_tokens: int
 ) -> None:
     sequences, weights = _sequences(pairs)
+    pad_to_multiple = multiple * pad_sequences_to
     batches = pack_global_batch(
-        sequences, weights, max_tokens=max_tokens, pad_to_multiple=pad_to_multiple, num_micro_batches=None
+        sequences,
+        weights,
+        max_tokens=max_tokens,
+        pad_to_multiple=pad_to_multiple,
+        pad_sequences_to=pad_sequences_to,
+        num_micro_batches=None,
     )
     unpacked: dict[int, list[torch.Tensor]] = {}
     for batch in batches:
@@ -129,12 +218,17 @@ def test_pack_conserves_tokens_and_unpack_undoes_it(
         assert bounds[-1] == batch.num_tokens
         assert all(start < stop for start, stop in itertools.pairwise(bounds))
         assert batch.num_tokens % pad_to_multiple == 0
+        assert all(bound % pad_sequences_to == 0 for bound in bounds)
+        num_padded = bounds[len(batch.sequence_ids)]
+        assert num_padded <= max_tokens or len(batch.sequence_ids) == 1
         assert batch.max_seqlen == max(stop - start for start, stop in itertools.pairwise(bounds))
         fields = (batch.labels_T, batch.advantages_T, batch.rollout_logprobs_T, batch.loss_mask_T)
         parts = [unpack(field, batch) for field in (*fields, batch.token_weights_T)]
         for id_ in batch.sequence_ids:
             assert id_ not in unpacked
             unpacked[id_] = [part[id_] for part in parts]
+    token_ids = sum(int(batch.token_ids_T.sum()) for batch in batches)
+    assert token_ids == sum(int(sequence.token_ids.sum()) for sequence in sequences)
     for sequence, weights_R in zip(sequences, weights, strict=True):
         response = sequence.token_ids[sequence.prompt_length :]
         expected = (response, sequence.advantages, sequence.rollout_logprobs, sequence.loss_mask, weights_R)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
-from megatron_drpo.config import CheckpointConfig, Config, DataConfig, PolicyConfig
+from megatron_drpo.config import CheckpointConfig, Config, DataConfig, Mode, PolicyConfig
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.metrics.writer import MetricsWriter
+from megatron_drpo.losses.base import Loss
+from megatron_drpo.losses.drpo import DrpoLoss
+from megatron_drpo.losses.objective import Objective
+from megatron_drpo.losses.sft import SftLoss
+from megatron_drpo.losses.surrogate import SurrogateLoss
+from megatron_drpo.losses.tokens import LossTokens
+from megatron_drpo.metrics.diagnostics import compute_diagnostics
+from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.writer import MetricsWriter, read_metrics
 from megatron_drpo.policy.parallel import ParallelState
+from megatron_drpo.policy.policy import UpdateResult
 from megatron_drpo.trainer import Trainer
 
 
@@ -130,3 +144,55 @@ def test_metrics_that_are_gone_are_missed(start: Callable[..., Trainer], killed_
     (killed_run / "metrics.jsonl").unlink()
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: the checkpoint was saved when this file had"):
         start(killed_run)
+
+
+def update_of(num_outside: int, objective: Objective) -> UpdateResult:
+    """Of ten tokens, so many of them outside |pi - mu| <= 0.1."""
+    logmu_N = torch.full((10,), 0.5, dtype=torch.float64).log()
+    tokens = LossTokens(
+        logprobs_N=torch.where(torch.arange(10) < num_outside, math.log(0.8), math.log(0.55)),
+        anchor_logprobs_N=logmu_N,
+        rollout_logprobs_N=logmu_N,
+        advantages_N=torch.ones(10),
+    )
+    diagnostics = compute_diagnostics(tokens, torch.zeros(10), objective)
+    return UpdateResult(loss=0.0, grad_norm=1.0, lr=1e-6, diagnostics=diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("loss", "mode", "outside", "alarms"),
+    [
+        (DrpoLoss(delta=0.1), Mode.rl, 0, {50: "0 of 1.0k loss", 100: "0 of 1.0k loss"}),
+        (DrpoLoss(delta=0.1), Mode.rl, 1, {}),
+        (DrpoLoss(delta=0.1), Mode.rl, 6, {50: "60.0% of 1.0k loss", 100: "60.0% of 1.0k loss"}),
+        (SurrogateLoss(), Mode.rl, 0, {}),
+        (SftLoss(), Mode.sft, 0, {}),
+    ],
+)
+def test_a_trust_region_that_does_not_bind_is_said(
+    start: Callable[..., Trainer],
+    tmp_path: Path,
+    loss: Loss,
+    mode: Mode,
+    outside: int,
+    alarms: dict[int, str],
+) -> None:
+    """Two updates a step; in metrics.jsonl and on the screen, after 50 steps and after 50 more."""
+    trainer = start(tmp_path / "run")
+    trainer.config.train.mode = mode
+    stream = io.StringIO()
+    objective = Objective(loss=loss)
+    policy: Any = SimpleNamespace(objective=objective)
+    trainer.policy = policy
+    trainer.progress = Progress(120, live=False, console=Console(file=stream))
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as trainer.writer:
+        for step in range(1, 121):
+            updates = [update_of(outside, objective) for _ in range(2)]
+            trainer._report(step, trainer._update_metrics(updates))
+    found = {
+        record["step"]: record["alarm"] for record in read_metrics(tmp_path / "run") if "alarm" in record
+    }
+    assert found.keys() == alarms.keys()
+    assert all(found[step].startswith(text) for step, text in alarms.items())
+    shown = [line for line in stream.getvalue().splitlines() if line.startswith("warning: ")]
+    assert shown == [f"warning: {text}" for text in found.values()]

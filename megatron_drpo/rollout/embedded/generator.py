@@ -167,11 +167,13 @@ class Generator:
             [(result.token_ids or result.request.prompt)[-1] for result in results],
             [len(result.request.prompt) - 1 + n for result, n in zip(results, num_sampled, strict=True)],
         )
-        tokens_A, logprobs_A = self._sampling.sample(logits_AV, num_sampled)
-        for result, token, logprob in zip(results, tokens_A.tolist(), logprobs_A.tolist(), strict=True):
+        columns = (column.tolist() for column in self._sampling.sample(logits_AV, num_sampled))
+        for result, token, logprob, topk_logprobs, topk_ids in zip(results, *columns, strict=True):
+            params = result.request.params
             result.token_ids.append(token)
             result.logprobs.append(logprob)
-            params = result.request.params
+            result.topk_logprobs.append(topk_logprobs[: params.num_topk])
+            result.topk_ids.append(topk_ids[: params.num_topk])
             if token in params.stop_token_ids:
                 result.finish_reason = {"type": "stop", "matched": token}
             elif len(result.token_ids) == params.max_new_tokens:

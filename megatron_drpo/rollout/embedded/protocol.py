@@ -48,6 +48,9 @@ class SampleResult:
     request: SampleRequest
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    topk_logprobs: list[list[float]] = field(default_factory=list)
+    """Of each token, `params.num_topk` of them, descending."""
+    topk_ids: list[list[int]] = field(default_factory=list)
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(weight version, first token, end), without gaps."""
     finish_reason: dict[str, Any] | None = None
@@ -76,9 +79,10 @@ def parse_generate(body: dict[str, Any], limits: ModelLimits) -> tuple[list[Samp
     per_sample = params if isinstance(params, list) else [params] * len(prompts)
     if len(per_sample) != len(prompts):
         raise BadRequest(f"{len(prompts)} prompts, but {len(per_sample)} sampling_params")
+    topk = _topk(body.get("top_logprobs_num"), len(prompts), limits)
     return [
-        _parse_sample(rid, prompt, sample_params, limits)
-        for rid, prompt, sample_params in zip(rids, prompts, per_sample, strict=True)
+        _parse_sample(rid, prompt, sample_params, num_topk, limits)
+        for rid, prompt, sample_params, num_topk in zip(rids, prompts, per_sample, topk, strict=True)
     ], is_batch
 
 
@@ -86,23 +90,26 @@ def render_result(result: SampleResult, seconds: float) -> dict[str, Any]:
     """One response of /generate. As SGLang without a tokenizer: `output_ids` and no `text`."""
     assert result.finish_reason is not None
     spans = [{"version": version, "start": start, "end": end} for version, start, end in result.version_spans]
-    return {
-        "output_ids": result.token_ids,
-        "meta_info": {
-            "id": result.request.rid,
-            "finish_reason": result.finish_reason,
-            "prompt_tokens": len(result.request.prompt),
-            "completion_tokens": len(result.token_ids),
-            "cached_tokens": 0,
-            "weight_version": spans[-1]["version"],
-            "weight_versions": spans,
-            "output_token_logprobs": [
-                [logprob, token, None]
-                for logprob, token in zip(result.logprobs, result.token_ids, strict=True)
-            ],
-            "e2e_latency": seconds,
-        },
+    meta_info = {
+        "id": result.request.rid,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(result.request.prompt),
+        "completion_tokens": len(result.token_ids),
+        "cached_tokens": 0,
+        "weight_version": spans[-1]["version"],
+        "weight_versions": spans,
+        "output_token_logprobs": _entries(result.logprobs, result.token_ids),
+        "e2e_latency": seconds,
     }
+    if result.request.params.num_topk:
+        rows = zip(result.topk_logprobs, result.topk_ids, strict=True)
+        meta_info["output_top_logprobs"] = [_entries(logprobs, ids) for logprobs, ids in rows]
+    return {"output_ids": result.token_ids, "meta_info": meta_info}
+
+
+def _entries(logprobs: list[float], ids: list[int]) -> list[list[Any]]:
+    """SGLang's triples of logprob, id and text; no text without a tokenizer."""
+    return [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=True)]
 
 
 def _rids(rid: object, num_prompts: int, is_batch: bool) -> list[str]:
@@ -115,7 +122,22 @@ def _rids(rid: object, num_prompts: int, is_batch: bool) -> list[str]:
     return [str(item) for item in rid]
 
 
-def _parse_sample(rid: str, prompt: object, params: object, limits: ModelLimits) -> SampleRequest:
+def _topk(value: object, num_prompts: int, limits: ModelLimits) -> list[int]:
+    """`top_logprobs_num`: one number for all samples, or one each."""
+    numbers: list[Any] = value if isinstance(value, list) else [value or 0] * num_prompts
+    if len(numbers) != num_prompts or not all(
+        type(number) is int and 0 <= number <= limits.vocab_size for number in numbers
+    ):
+        raise BadRequest(
+            f"top_logprobs_num={value!r} must be a number in 0..{limits.vocab_size}, or a list of "
+            f"{num_prompts} of them"
+        )
+    return numbers
+
+
+def _parse_sample(
+    rid: str, prompt: object, params: object, num_topk: int, limits: ModelLimits
+) -> SampleRequest:
     if not isinstance(prompt, list) or not prompt or not all(type(item) is int for item in prompt):
         raise BadRequest(f"request {rid}: input_ids must be a non-empty list of integers")
     outside = [item for item in prompt if not 0 <= item < limits.vocab_size]
@@ -123,7 +145,7 @@ def _parse_sample(rid: str, prompt: object, params: object, limits: ModelLimits)
         raise BadRequest(f"request {rid}: input id {outside[0]} is outside 0..{limits.vocab_size - 1}")
     if not isinstance(params, dict):
         raise BadRequest(f"request {rid}: sampling_params must be an object")
-    parsed = _parse_params(rid, params, limits)
+    parsed = _parse_params(rid, params, num_topk, limits)
     if len(prompt) + parsed.max_new_tokens > limits.max_tokens:
         raise BadRequest(
             f"request {rid}: {len(prompt)} prompt tokens + max_new_tokens {parsed.max_new_tokens} "
@@ -132,7 +154,7 @@ def _parse_sample(rid: str, prompt: object, params: object, limits: ModelLimits)
     return SampleRequest(rid, tuple(prompt), parsed)
 
 
-def _parse_params(rid: str, params: dict[str, Any], limits: ModelLimits) -> SamplingParams:
+def _parse_params(rid: str, params: dict[str, Any], num_topk: int, limits: ModelLimits) -> SamplingParams:
     stops = params.get("stop_token_ids") or []
     if not isinstance(stops, list) or not all(type(item) is int for item in stops):
         raise BadRequest(f"request {rid}: stop_token_ids must be a list of integers")
@@ -145,6 +167,7 @@ def _parse_params(rid: str, params: dict[str, Any], limits: ModelLimits) -> Samp
         stop_token_ids=frozenset()
         if _value(rid, params, "ignore_eos", bool, False)
         else limits.eos_token_ids.union(stops),
+        num_topk=num_topk,
     )
     rules = {
         f"max_new_tokens={parsed.max_new_tokens} must be at least 1": parsed.max_new_tokens >= 1,

@@ -1,11 +1,12 @@
 """Next tokens from logits, vectorised over sequences, each with its own parameters and randomness.
 
-Dimensions: A active sequences, V vocabulary.
+Dimensions: A active sequences, V vocabulary, K most probable ids.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,21 @@ class SamplingParams:
     seed: int
     """Only its low 64 bits count."""
     stop_token_ids: frozenset[int]
+    num_topk: int = 0
+    """Most probable ids to report with each token."""
+
+
+class Sampled(NamedTuple):
+    """One token per sequence, and what is reported of its distribution."""
+
+    tokens_A: Int[torch.Tensor, " A"]
+    """int64."""
+    logprobs_A: Float[torch.Tensor, " A"]
+    """float32, natural log of the probability at the sequence's temperature (1 where greedy), before top-k
+    and top-p, as SGLang reports them."""
+    topk_logprobs_AK: Float[torch.Tensor, "A K"]
+    """The largest logprobs of the same distribution, descending; K is the largest num_topk of the batch."""
+    topk_ids_AK: Int[torch.Tensor, "A K"]
 
 
 class SamplingBatch:
@@ -41,22 +57,17 @@ class SamplingBatch:
         self.temperature_A = torch.where(self.greedy_A, 1.0, temperature_A)
         self.top_p_A = torch.tensor([p.top_p for p in params], dtype=torch.float64)
         self.top_k_A = torch.tensor([p.top_k if p.top_k != -1 else 2**62 for p in params])
+        self.num_topk = max(p.num_topk for p in params)
         self.any_greedy = bool(self.greedy_A.any())
         self.truncates = any(p.top_p < 1 or p.top_k != -1 for p in params)
         self.seed_A = np.array([p.seed % 2**64 for p in params], dtype=np.uint64)
 
-    def sample(
-        self, logits_AV: Float[torch.Tensor, "A V"], num_sampled: list[int]
-    ) -> tuple[Int[torch.Tensor, " A"], Float[torch.Tensor, " A"]]:
+    def sample(self, logits_AV: Float[torch.Tensor, "A V"], num_sampled: list[int]) -> Sampled:
         """Sample one token per sequence.
 
         Args:
             logits_AV: any float dtype.
             num_sampled: tokens each sequence has so far: with its seed, the only source of randomness.
-
-        Returns:
-            Token ids (int64), and the natural log of their probabilities (float32) at the sequence's
-            temperature (1 where greedy), before top-k and top-p, as SGLang reports them.
         """
         logprobs_AV = (logits_AV.float() / self.temperature_A[:, None]).log_softmax(-1)
         probs_AV = logprobs_AV.double().exp()
@@ -65,7 +76,9 @@ class SamplingBatch:
         tokens_A = _invert_cdf(probs_AV, torch.from_numpy(uniform(self.seed_A, num_sampled)))
         if self.any_greedy:
             tokens_A = torch.where(self.greedy_A, logits_AV.argmax(-1), tokens_A)
-        return tokens_A, logprobs_AV.gather(-1, tokens_A[:, None])[:, 0]
+        return Sampled(
+            tokens_A, logprobs_AV.gather(-1, tokens_A[:, None])[:, 0], *logprobs_AV.topk(self.num_topk)
+        )
 
 
 def uniform(seeds: npt.NDArray[np.uint64], counters: list[int]) -> npt.NDArray[np.float64]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_drpo.data.source import PromptSource
+from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.types import Prompt
 
@@ -110,3 +110,45 @@ def test_a_cursor_of_other_prompts_is_refused(other: PromptSource, change: str) 
     with pytest.raises(CheckpointError, match=change):
         other.load_state_dict(state)
     assert other.state_dict() == before
+
+
+# -------------------------------------------------------------------------------------------- shares
+
+
+def make_share(num_prompts: int, rank: int, size: int) -> PromptShare:
+    """Of the prompts 0, 3, ..., 21."""
+    return PromptShare(PromptSource(make_prompts(8), shuffle=False, seed=0), num_prompts, rank, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_replicas_share_the_prompts_of_a_step(size: int) -> None:
+    """Together the same prompts whatever the number of replicas; none twice."""
+    shares = [make_share(4, rank, size) for rank in range(size)]
+    for expected in ([0, 3, 6, 9], [12, 15, 18, 21], [0, 3, 6, 9]):
+        parts = [[prompt.id for prompt in share.next()] for share in shares]
+        assert {len(part) for part in parts} == {4 // size}
+        assert sorted(id_ for part in parts for id_ in part) == expected
+
+
+def test_further_prompts_of_a_step() -> None:
+    """As many as asked for, on each replica; the next step goes on after them."""
+    shares = [make_share(4, rank, 2) for rank in range(2)]
+    assert [share.num_prompts for share in shares] == [2, 2]
+    drawn = [[share.next(), share.next(1), share.next()] for share in shares]
+    ids = [[[prompt.id for prompt in part] for part in parts] for parts in drawn]
+    assert ids == [[[0, 6], [12], [18, 0]], [[3, 9], [15], [21, 3]]]
+
+
+def test_prompts_count_when_the_step_is_done() -> None:
+    """On every replica all prompts of the step are marked, its own or not, and those of every round."""
+    share = make_share(4, rank=1, size=2)
+    share.next()
+    assert share.source.num_consumed == 0
+    share.mark_consumed()
+    assert share.source.num_consumed == 4
+    share.mark_consumed()
+    assert share.source.num_consumed == 4
+    share.next()
+    share.next(3)
+    share.mark_consumed()
+    assert share.source.num_consumed == 14

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from megatron_drpo.metrics.progress import Progress
 
-METRICS: dict[str, float | list[float]] = {
+METRICS: dict[str, float | str | list[float]] = {
     "reward/mean": 0.53125,
     "response/length_mean": 12.34,
     "response/truncated_share": 0.025,
     "mismatch/logprob_abs_mean": 1.234e-6,
     "throughput/tokens_per_s": 12345.6,
     "trust_region/w_histogram": [1.0, 2.0],
+    "alarm": "printed by who raises it",
     "time/step_s": 4.0,
     "time/rollout_s": 2.0,
     "time/forward_backward_s": 1.0,

@@ -9,11 +9,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_drpo.errors import DataError
 from megatron_drpo.metrics import report
 from megatron_drpo.metrics.diagnostics import W_HISTOGRAM_EDGES
-from megatron_drpo.metrics.report import main, moving_average, sum_histograms, write_report
+from megatron_drpo.metrics.report import Curve, Panel, main, moving_average, write_report
 from megatron_drpo.metrics.writer import W_HISTOGRAM, MetricsWriter
 
 
@@ -34,6 +35,9 @@ def write_run(run_dir: Path, num_steps: int) -> None:
                     "time/rollout_s": 1.9,
                     "time/overhead_share": 0.05,
                     W_HISTOGRAM: counts,
+                    "mu_bucket/token_share": [0.0, 0.01, 0.02, 0.07, 0.1, 0.2, 0.6],
+                    "mu_bucket/outside_share": [0.0] * 7,
+                    "mu_bucket/logprob_abs_mean": [0.0, 3e-6, 2e-6, 2e-6, 1e-6, 1e-6, 1e-7],
                 },
             )
 
@@ -53,34 +57,6 @@ def test_moving_average_of_nothing_finite_is_a_gap() -> None:
     np.testing.assert_array_equal(moving_average(values, 3), [math.nan, math.nan, 4.0, 4.0])
 
 
-def test_histograms_add_up_over_the_steps_that_have_one() -> None:
-    records = [{"step": 0, W_HISTOGRAM: [1, 2]}, {"step": 1}, {"step": 2, W_HISTOGRAM: [10, 20]}]
-    np.testing.assert_array_equal(sum_histograms(records), [11, 22])
-    assert len(sum_histograms([{"step": 0}])) == 0
-
-
-def test_caption_states_the_shares_of_w() -> None:
-    """1 token below 0, 30 in [0, 0.1), 969 in [1, 1.1) of 1,000."""
-    counts = np.zeros(len(W_HISTOGRAM_EDGES) + 1)
-    counts[[0, 11, 21]] = [1, 30, 969]
-    caption = report._weights_caption(counts, np.array(report.w_bounds()))
-    for expected in (
-        "96.90 % of the tokens have w ≥ 1",
-        "3.00 % have 0 ≤ w < 1",
-        "0.10 % have w < 0",
-        "1,000",
-    ):
-        assert expected in caption
-
-
-@pytest.mark.parametrize(
-    ("share", "shown"),
-    [(0.0, "0.00 %"), (1e-6, "< 0.01 %"), (0.5, "50.00 %"), (1 - 1e-6, "> 99.99 %"), (1.0, "100.00 %")],
-)
-def test_share_is_never_rounded_to_none_or_all(share: float, shown: str) -> None:
-    assert report._share(share) == shown
-
-
 @pytest.mark.parametrize("num_steps", [1, 50])
 def test_report_is_drawn(tmp_path: Path, num_steps: int) -> None:
     """Missing metrics, a NaN and a gradient norm of 0 included; the ink is where the panels are."""
@@ -90,8 +66,8 @@ def test_report_is_drawn(tmp_path: Path, num_steps: int) -> None:
         path = write_report(tmp_path)
     assert path == tmp_path / "report.png"
     pixels = matplotlib.image.imread(path)[..., :3]
-    assert pixels.shape[:2] == (1705, 1760)
-    rows = np.array_split((pixels < 0.9).any(axis=2).mean(axis=1), 4)
+    assert pixels.shape[:2] == (2090, 1760)
+    rows = np.array_split((pixels < 0.9).any(axis=2).mean(axis=1), 5)
     assert all(row.max() > 0.05 for row in rows)
 
 
@@ -121,3 +97,20 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     write_run(tmp_path, 1)
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.png")
+
+
+@pytest.mark.parametrize(("values", "top"), [((0.0, 0.0), 0.06), ((101.0, 102.0), 106.0)])
+def test_an_axis_that_starts_at_zero_shows_nothing_below_it(values: tuple[float, float], top: float) -> None:
+    """A share of 0 in all steps, and a throughput whose largest value stays inside."""
+    axes = Figure().subplots()
+    panel = Panel(title="", curves=(Curve(metric="x", label="x"),), includes=(0,))
+    report._draw_curves(axes, panel, [{"step": step, "x": value} for step, value in enumerate(values)])
+    low, high = axes.get_ylim()
+    assert low == 0
+    assert 1.02 * values[1] < high < top
+
+
+def test_phases_without_time_have_no_entry() -> None:
+    axes = Figure().subplots()
+    report._draw_times(axes, [{"step": 1, "time/step_s": 2.0, "time/rollout_s": 1.5, "time/reward_s": 0.0}])
+    assert axes.get_legend_handles_labels()[1] == ["rollout 75%", "other 25%"]

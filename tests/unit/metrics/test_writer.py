@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_drpo.errors import CheckpointError, DataError
 from megatron_drpo.metrics.diagnostics import W_HISTOGRAM_EDGES
-from megatron_drpo.metrics.writer import W_HISTOGRAM, MetricsWriter, read_metrics, w_bounds
+from megatron_drpo.metrics.writer import BUCKET_SCALARS, W_HISTOGRAM, MetricsWriter, read_metrics, w_bounds
 
 
 def lines_of(run_dir: Path) -> list[str]:
@@ -39,6 +40,18 @@ def test_line_is_readable_before_close(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(7, {"loss/value": -1.5})
         assert read_metrics(tmp_path) == [{"step": 7, "loss/value": -1.5}]
+
+
+def test_a_sentence_stays_a_sentence(tmp_path: Path) -> None:
+    """Not a sequence of characters."""
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write(3, {"alarm": "0 of 1.2M loss tokens", "loss/value": 0.5})
+    assert read_metrics(tmp_path) == [{"step": 3, "alarm": "0 of 1.2M loss tokens", "loss/value": 0.5}]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("alarm/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0]) == (3, b"0 of 1.2M loss tokens")
+    assert [(event.step, event.value) for event in events.Scalars("loss/value")] == [(3, 0.5)]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -146,3 +159,21 @@ def test_bounds_have_a_bin_per_count() -> None:
     assert len(bounds) == len(W_HISTOGRAM_EDGES) + 2
     assert bounds[1:-1] == list(W_HISTOGRAM_EDGES)
     assert (bounds[0], bounds[-1]) == (pytest.approx(-1.1), pytest.approx(3.1))
+
+
+def test_tensorboard_has_the_chosen_buckets_as_scalars(tmp_path: Path) -> None:
+    """metrics.jsonl keeps every list as it is."""
+    values = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    lists = dict.fromkeys((*BUCKET_SCALARS, "mu_bucket/entropy"), values)
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write(2, lists)
+    assert read_metrics(tmp_path) == [{"step": 2, **lists}]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    labels = ("0.0001", "0.001", "0.01", "0.1", "0.5", "0.9", "1")
+    assert sorted(cast(list[str], events.Tags()["scalars"])) == sorted(
+        f"{name}/up_to_{label}" for name in BUCKET_SCALARS for label in labels
+    )
+    for label, value in zip(labels, values, strict=True):
+        (event,) = events.Scalars(f"mu_bucket/outside_share/up_to_{label}")
+        assert (event.step, event.value) == (2, value)

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_drpo.config import Config, LossConfig
-from megatron_drpo.errors import NumericsError
+from megatron_drpo.config import (
+    AlgorithmConfig,
+    Anchor,
+    Config,
+    CorrectionConfig,
+    KlConfig,
+    LogprobBackend,
+    LogprobMode,
+    LossConfig,
+    TokenCorrection,
+)
 from megatron_drpo.losses.drpo import DrpoLoss
+from megatron_drpo.losses.objective import Objective, build_objective
+from megatron_drpo.losses.tokens import LossTokens
 from megatron_drpo.metrics.diagnostics import summarise
-from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.policy import forward
 from megatron_drpo.policy.forward import (
+    ForwardSettings,
     LogprobForward,
-    LogprobSettings,
+    LossRows,
     TrainForward,
-    finalize_gradients,
     packed_seq_params,
     run_model,
 )
+from megatron_drpo.policy.kernels import build_row_kernels
+from megatron_drpo.policy.logprobs import LogprobSettings
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch, TrainSequence
@@ -31,7 +42,17 @@ MakeSequences = Callable[..., list[TrainSequence]]
 PackAll = Callable[[Policy, Sequence[TrainSequence]], list[MicroBatch]]
 Update = Callable[[Policy, Sequence[TrainSequence]], UpdateResult]
 
-SETTINGS = LogprobSettings(vocab_size=101, temperature=0.9, chunk_tokens=16, sequence_parallel=False)
+SETTINGS = ForwardSettings(
+    logprobs=LogprobSettings(
+        vocab_size=101,
+        group=None,
+        buffer_bytes=16 * 101 * 4,
+        kernels=build_row_kernels(LogprobBackend.torch, torch.device("cpu")),
+    ),
+    temperature=0.9,
+    sequence_parallel=False,
+    one_pass=False,
+)
 
 
 @pytest.fixture
@@ -63,33 +84,32 @@ def test_the_ddp_wrapped_model_gives_the_same_hidden_states(policy: Policy, micr
     assert wrapped.shape == (27, 1, 64)
 
 
-def test_megatrons_division_by_tokens_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one place where its scaling is cancelled; groups are passed on."""
-    calls: list[tuple[object, dict[str, Any]]] = []
-
-    def finalize(model: object, **kwargs: Any) -> None:
-        calls.append((model, kwargs))
-
-    monkeypatch.setattr(forward, "finalize_model_grads", finalize)
-    chunks: list[torch.nn.Module] = []
-    finalize_gradients(chunks, torch.tensor(1234), pg_collection="groups")
-    assert calls == [(chunks, {"num_tokens": None, "pg_collection": "groups"})]
-
-
-def test_the_loss_function_gives_sum_and_diagnostics(policy: Policy, micro_batch: MicroBatch) -> None:
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_loss_function_gives_sum_and_diagnostics(
+    policy: Policy, micro_batch: MicroBatch, one_pass: bool
+) -> None:
     """The plain weighted sum, no token count for Megatron to divide by, and sums over loss tokens."""
     loss = DrpoLoss.from_config(LossConfig(delta=0.5))
     chunk = policy.chunks[0]
-    hidden, loss_function = TrainForward(loss, SETTINGS, policy.parallel)(iter([micro_batch]), chunk)
+    settings = replace(SETTINGS, one_pass=one_pass)
+    forward = TrainForward(Objective(loss=loss), settings, policy.parallel)
+    hidden, loss_function = forward(iter([micro_batch]), chunk)
     total, num_tokens, result = loss_function(hidden)
     assert num_tokens.item() == 0
 
-    output, collect = LogprobForward(SETTINGS, policy.parallel)(iter([micro_batch]), chunk)
-    logprobs = collect(output)
+    with torch.no_grad():
+        output, collect = LogprobForward(SETTINGS)(iter([micro_batch]), chunk)
+        logprobs = collect(output)
     mask = micro_batch.loss_mask_T
+    assert (logprobs[~mask] == 0).all()
     logpi, logmu = logprobs[mask].double(), micro_batch.rollout_logprobs_T[mask].double()
-    values = loss.value(logpi, logmu, micro_batch.advantages_T[mask].double())
-    expected = (values * micro_batch.token_weights_T[mask]).sum()
+    tokens = LossTokens(
+        logprobs_N=logpi,
+        anchor_logprobs_N=logmu,
+        rollout_logprobs_N=logmu,
+        advantages_N=micro_batch.advantages_T[mask].double(),
+    )
+    expected = (loss.value(tokens) * micro_batch.token_weights_T[mask]).sum()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert total.requires_grad
     assert not result.loss.requires_grad
@@ -102,18 +122,59 @@ def test_the_loss_function_gives_sum_and_diagnostics(policy: Policy, micro_batch
     assert summary["policy/kl_k1"] == pytest.approx((logmu - logpi).mean().item(), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_names_the_sequences(
+RICH = AlgorithmConfig(
+    loss=LossConfig(name="drpo", delta=0.3),
+    anchor=Anchor.recomputed,
+    correction=CorrectionConfig(token=TokenCorrection.tis, token_high=1.5),
+    kl=KlConfig(coef=0.1),
+    entropy_coef=0.05,
+)
+
+
+def test_one_pass_and_recompute_give_the_same_gradients(
     build_policy: BuildPolicy,
     policy_config: Callable[..., Config],
     make_sequences: MakeSequences,
     pack_all: PackAll,
 ) -> None:
-    sequences = make_sequences([6, 7, 8])
-    sequences[1].advantages[2] = torch.nan
-    policy = build_policy(policy_config("dense", max_tokens_per_micro_batch=8))
-    micro_batches = pack_all(policy, sequences)
-    with pytest.raises(NumericsError, match=r"rank 0: the loss is nan in the micro-batch of sequences \[1\]"):
-        policy.train_step(micro_batches, StepTimer())
+    """With a correction, a KL penalty, an entropy bonus, and a chunk of rows at a time."""
+    results = []
+    for mode in (LogprobMode.one_pass, LogprobMode.recompute):
+        config = policy_config("dense_tied", logprob_mode=mode, logprob_buffer_bytes=7 * 101 * 4)
+        config.algorithm = RICH
+        policy = build_policy(config)
+        assert policy.forward_settings.one_pass is (mode is LogprobMode.one_pass)
+        (micro_batches,) = policy.add_logprobs([pack_all(policy, make_sequences([9, 14, 4, 30]))])
+        loss, _ = policy.reduce(policy.forward_backward(micro_batches))
+        gradients = {name: vars(p)["main_grad"].clone() for name, p in policy.chunks[0].named_parameters()}
+        results.append((loss, gradients))
+    (loss, gradients), (other_loss, others) = results
+    assert loss == pytest.approx(other_loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - others[name]).norm() <= 1e-5 * others[name].norm(), name
+
+
+def test_sequence_losses_are_recomputed(
+    build_policy: BuildPolicy, policy_config: Callable[..., Config]
+) -> None:
+    policy = build_policy(policy_config("dense"))
+    assert policy.forward_settings.one_pass
+    policy.objective = build_objective(AlgorithmConfig(loss=LossConfig(name="gspo")))
+    assert not policy.forward_settings.one_pass
+
+
+def test_loss_rows_are_cut_out_of_the_packed_fields(micro_batch: MicroBatch) -> None:
+    old = replace(micro_batch, old_logprobs_T=-torch.arange(27.0), ref_logprobs_T=-2 * torch.arange(27.0))
+    rows = LossRows.of(old, 0.9)
+    positions = micro_batch.loss_mask_T.nonzero()[:, 0]
+    assert torch.equal(rows.logprobs.rows_N, positions)
+    assert torch.equal(rows.anchor_logprobs_N, -positions.float())
+    assert rows.ref_logprobs_N is not None
+    assert torch.equal(rows.ref_logprobs_N, -2.0 * positions)
+    assert torch.equal(rows.rollout_logprobs_N, micro_batch.rollout_logprobs_T[positions])
+    expected = [sum(int(p) >= bound for bound in (9, 23)) for p in positions]
+    assert rows.sequences.index_N.tolist() == expected
+    assert torch.equal(LossRows.of(micro_batch, 0.9).anchor_logprobs_N, rows.rollout_logprobs_N)
 
 
 def test_a_masked_token_contributes_nothing_whatever_its_value(

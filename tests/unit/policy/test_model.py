@@ -222,6 +222,19 @@ def test_the_interleaved_schedule_gets_the_p2p_that_exchanges_the_right_tensors(
         assert built.variable_seq_lengths
 
 
+def test_context_parallelism_uses_the_ring(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+) -> None:
+    """Where Transformer Engine computes attention; Megatron's default leaves the choice to its version."""
+    config = policy_config("moe")
+    for size, expected in ((1, None), (4, "p2p")):
+        config.parallel = ParallelConfig(context_parallel_size=size)
+        built = build_transformer_config(config, architecture("moe"), cpu_platform)
+        assert (built.context_parallel_size, built.cp_comm_type) == (size, expected)
+
+
 @pytest.mark.parametrize(
     ("recompute", "expected"),
     [

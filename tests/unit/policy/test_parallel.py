@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -54,6 +55,7 @@ ODD_WIDTH = replace(DENSE, ffn_hidden_size=97)
         ({"data_parallel_size": 6, "expert_parallel_size": 6}, EXPERTS),
         ({"tensor_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}, EXPERTS),
         ({"tensor_parallel_size": 2, "sequence_parallel": True, "expert_parallel_size": 2}, EXPERTS),
+        ({"context_parallel_size": 6, "expert_parallel_size": 3}, EXPERTS),
     ],
 )
 def test_layouts_that_fit(fields: dict[str, Any], architecture: ArchitectureConfig) -> None:
@@ -149,10 +151,9 @@ def test_rank_info_is_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_wrong_number_of_ranks(one_rank: ParallelState) -> None:
-    with pytest.raises(ConfigError, match=r"1 rank\(s\) were started, but .* need 4: start that many"):
-        initialise_parallel(
-            ParallelConfig(tensor_parallel_size=2, data_parallel_size=2), "gloo", torch.device("cpu")
-        )
+    parallel = ParallelConfig(tensor_parallel_size=2, context_parallel_size=3, data_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"1 rank\(s\) were started, but .* need 12: start that many"):
+        initialise_parallel(parallel, "gloo", torch.device("cpu"))
 
 
 def test_one_rank_is_leader_main_and_last(one_rank: ParallelState) -> None:
@@ -162,6 +163,9 @@ def test_one_rank_is_leader_main_and_last(one_rank: ParallelState) -> None:
     value = object()
     assert one_rank.broadcast_from_leader(value) is value
     assert one_rank.sum_over_data_parallel(torch.tensor([2.0])).tolist() == [2.0]
+    values = torch.tensor([2.0])
+    assert one_rank.gather_over_context(values)[0] is values
+    assert (one_rank.pad_sequences_to, one_rank.pad_to_multiple) == (1, 1)
 
 
 def _describe_rank(parallel: ParallelConfig) -> dict[str, Any]:
@@ -177,6 +181,13 @@ def _describe_rank(parallel: ParallelConfig) -> dict[str, Any]:
         "received": received,
         "sum": state.sum_over_data_parallel(torch.tensor([10.0**state.rank])).item(),
         "replica": sorted(dist.get_process_group_ranks(state.model_group)),
+        "context": (
+            state.context_rank,
+            state.context_size,
+            dist.get_process_group_ranks(state.context_group),
+        ),
+        "gathered": torch.cat(state.gather_over_context(torch.tensor([10.0**state.rank]))).tolist(),
+        "padding": (state.pad_sequences_to, state.pad_to_multiple),
     }
 
 
@@ -203,3 +214,62 @@ def test_the_mesh_of_four_ranks(run_distributed: Callable[..., list[Any]]) -> No
     assert [rank["received"] for rank in pipeline] == [{"from": 0}, {"from": 1}, {"from": 0}, {"from": 1}]
     assert [rank["sum"] for rank in pipeline] == [11.0, 11.0, 1100.0, 1100.0]
     assert [rank["replica"] for rank in pipeline] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_context_ranks_belong_to_one_replica(run_distributed: Callable[..., list[Any]]) -> None:
+    """CP2 x DP2 and CP2 x PP2: one leader for all ranks that share a replica's sequences."""
+    data = run_distributed(_describe_rank, 4, ParallelConfig(context_parallel_size=2, data_parallel_size=2))
+    assert [rank["place"] for rank in data] == [(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 0, 1)]
+    assert [rank["context"] for rank in data] == [
+        (0, 2, [0, 1]),
+        (1, 2, [0, 1]),
+        (0, 2, [2, 3]),
+        (1, 2, [2, 3]),
+    ]
+    assert [rank["leader"] for rank in data] == [True, False, True, False]
+    assert [rank["received"] for rank in data] == [{"from": 0}, {"from": 0}, {"from": 2}, {"from": 2}]
+    assert [rank["sum"] for rank in data] == [101.0, 1010.0, 101.0, 1010.0]
+    assert [rank["replica"] for rank in data] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [rank["gathered"] for rank in data] == [[1.0, 10.0]] * 2 + [[100.0, 1000.0]] * 2
+    assert {rank["padding"] for rank in data} == {(4, 4)}
+
+    pipeline = run_distributed(
+        _describe_rank, 4, ParallelConfig(context_parallel_size=2, pipeline_parallel_size=2)
+    )
+    assert [rank["place"] for rank in pipeline] == [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 1, 0)]
+    assert [rank["leader"] for rank in pipeline] == [True, False, False, False]
+    assert [rank["last"] for rank in pipeline] == [False, False, True, True]
+    assert [rank["received"] for rank in pipeline] == [{"from": 0}] * 4
+    assert [rank["replica"] for rank in pipeline] == [[0, 1, 2, 3]] * 4
+    assert [rank["gathered"] for rank in pipeline] == [[1.0, 10.0]] * 2 + [[100.0, 1000.0]] * 2
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_tensor_and_context_ranks(run_distributed: Callable[..., list[Any]]) -> None:
+    """TP2 x CP2: a rank's tokens divide by TP, and no rank sums with itself in another place."""
+    ranks = run_distributed(
+        _describe_rank, 4, ParallelConfig(tensor_parallel_size=2, context_parallel_size=2)
+    )
+    assert [rank["place"] for rank in ranks] == [(0, 0, 0), (1, 0, 0), (0, 0, 0), (1, 0, 0)]
+    assert [rank["context"] for rank in ranks] == [
+        (0, 2, [0, 2]),
+        (0, 2, [1, 3]),
+        (1, 2, [0, 2]),
+        (1, 2, [1, 3]),
+    ]
+    assert [rank["leader"] for rank in ranks] == [True, False, False, False]
+    assert [rank["replica"] for rank in ranks] == [[0, 1, 2, 3]] * 4
+    assert [rank["sum"] for rank in ranks] == [1.0, 10.0, 100.0, 1000.0]
+    assert {rank["padding"] for rank in ranks} == {(4, 4)}
+
+
+def test_padding_for_tensor_and_context_ranks(one_rank: ParallelState) -> None:
+    """lcm(2 C, C * tensor ranks): whole parts for every context rank, equal shares for every tensor rank."""
+    sizes = {(1, 1): (1, 1), (1, 8): (1, 8), (2, 1): (4, 4), (2, 2): (4, 4), (4, 3): (8, 24), (3, 8): (6, 24)}
+    for (context, tensor), expected in sizes.items():
+        state = copy.copy(one_rank)
+        state.context_size, state.tensor_size = context, tensor
+        assert (state.pad_sequences_to, state.pad_to_multiple) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_drpo.config import Config, OptimizerConfig, ParallelConfig, Recompute
-from megatron_drpo.errors import NumericsError
+from megatron_drpo.config import Anchor, Config, KlConfig, OptimizerConfig, ParallelConfig, Recompute
 from megatron_drpo.losses.aggregation import count_loss
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.timing import StepTimer
@@ -111,7 +111,7 @@ def test_loss_and_gradients_of_a_global_batch(
 ) -> None:
     """Several micro-batches against one plain sum over sequences, differentiated by autograd."""
     sequences = make_sequences(LENGTHS)
-    config = policy_config(model, UNCLIPPED, max_tokens_per_micro_batch=32, logprob_chunk_tokens=7)
+    config = policy_config(model, UNCLIPPED, max_tokens_per_micro_batch=32, logprob_buffer_bytes=7 * 101 * 4)
     policy = build_policy(config)
     result = update(policy, sequences)
 
@@ -153,7 +153,7 @@ def test_the_update_does_not_depend_on_how_it_is_computed(
         ({"max_tokens_per_micro_batch": 1}, sequences, 0),
         ({"max_tokens_per_micro_batch": 40}, sequences[::-1], 2),
         ({"recompute": Recompute.full, "max_tokens_per_micro_batch": 40}, sequences, 0),
-        ({"recompute": Recompute.selective, "logprob_chunk_tokens": 3}, sequences, 1),
+        ({"recompute": Recompute.selective, "logprob_buffer_bytes": 3 * 101 * 4}, sequences, 1),
     ]
     for way in ways:
         result, found = run(*way)
@@ -206,20 +206,40 @@ def test_logprobs(
     assert all(torch.equal(a, b) for a, b in zip(again, policy.compute_logprobs(micro_batches), strict=True))
 
 
-@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_stops_the_run(
+@pytest.mark.parametrize("anchor", Anchor)
+def test_what_the_objective_compares_with(
     build_policy: BuildPolicy,
     policy_config: Callable[..., Config],
     make_sequences: MakeSequences,
-    update: Update,
-    monkeypatch: pytest.MonkeyPatch,
-    clip_grad: float,
+    pack_all: PackAll,
+    load_reference: Callable[[str], transformers.PreTrainedModel],
+    hf_model: Callable[[str], Path],
+    anchor: Anchor,
 ) -> None:
-    policy = build_policy(policy_config("dense", OptimizerConfig(lr=1e-3, clip_grad=clip_grad)))
-    monkeypatch.setattr(policy.chunks[0], "zero_grad_buffer", lambda: None)  # stays as some kernel spoilt it
-    vars(next(policy.chunks[0].parameters()))["main_grad"].fill_(torch.inf)
-    with pytest.raises(NumericsError, match=r"rank 0: the gradient norm of update 1 is (inf|nan)"):
-        update(policy, make_sequences([6]))
+    """Old logprobs are the policy's own, the reference's are another model's of the same architecture."""
+    config = policy_config("moe", max_tokens_per_micro_batch=30)
+    config.algorithm.anchor = anchor
+    config.algorithm.kl = KlConfig(coef=0.1, reference_path=str(hf_model("moe_perturbed")))
+    policy = build_policy(config)
+    sequences = make_sequences(LENGTHS)
+    batches = [pack_all(policy, sequences[:4]), pack_all(policy, sequences[4:])]
+    annotated = policy.add_logprobs(batches)
+    assert [len(batch) for batch in annotated] == [len(batch) for batch in batches]
+    own, other = load_reference("moe"), load_reference("moe_perturbed")
+    by_id = {sequence.id: sequence for sequence in sequences}
+    for micro_batch in itertools.chain.from_iterable(annotated):
+        found = {"ref": (other, micro_batch.ref_logprobs_T)}
+        if anchor is Anchor.recomputed:
+            found["old"] = (own, micro_batch.old_logprobs_T)
+        else:
+            assert micro_batch.old_logprobs_T is None
+        for model, values_T in found.values():
+            assert values_T is not None
+            for id_, values in unpack(values_T, micro_batch).items():
+                with torch.no_grad():
+                    expected = reference_logprobs(model, by_id[id_], config.rollout.temperature)
+                expected = torch.where(by_id[id_].loss_mask, expected, 0.0)
+                torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_learning_rate_follows_the_updates(

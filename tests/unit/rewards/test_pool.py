@@ -48,6 +48,18 @@ def test_rewards_come_back_in_order(make_rollout: MakeRollout) -> None:
         assert pool.score([]) == []
 
 
+def test_rewards_do_not_carry_the_most_probable_ids(
+    make_rollout: MakeRollout, write_module: WriteModule
+) -> None:
+    """They are larger than all the rest of a rollout, which keeps them."""
+    write_module("pool_topk", "def score(r): return float(r.topk_ids is None and r.topk_logprobs is None)")
+    rollout = make_rollout("1")
+    rollout.topk_ids, rollout.topk_logprobs = [[1, 2]] * 3, [[-1.0, -2.0]] * 3
+    with RewardPool(RewardConfig(name="pool_topk:score")) as pool:
+        assert pool.score([rollout]) == [1.0]
+    assert rollout.topk_ids == [[1, 2]] * 3
+
+
 def test_zero_counts_failures_and_goes_on(make_rollout: MakeRollout, write_module: WriteModule) -> None:
     write_module("pool_mixed", MIXED)
     config = RewardConfig(name="pool_mixed:score", timeout_s=0.5, on_error=OnRewardError.zero)

@@ -84,6 +84,20 @@ def test_the_request_has_sglangs_shape(server: FakeServer) -> None:
     assert [rid[:2] for rid in body["rid"]] == ["r-", "s-"]
     assert body["extra_key"] == "7"
     assert body["return_logprob"] is True
+    assert "top_logprobs_num" not in body
+
+
+def test_most_probable_ids_are_asked_for_once_for_all_samples(server: FakeServer) -> None:
+    """`top_logprobs_num` beside sampling_params, where SGLang reads it."""
+    server.answers = [JSONResponse([{}])]
+    request = SampleRequest(rid="r", token_ids=(1,), sampling_params={"temperature": 0.5})
+
+    def ask(client: SGLangClient) -> Awaitable[Any]:
+        return client.generate([request], extra_key="0", vocab_size=10, num_topk=20)
+
+    call(server.endpoint, ask)
+    assert server.bodies[0]["top_logprobs_num"] == 20
+    assert server.bodies[0]["sampling_params"] == [{"temperature": 0.5}]
 
 
 def test_5xx_is_retried_with_a_new_request_id(server: FakeServer) -> None:

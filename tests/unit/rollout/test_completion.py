@@ -26,8 +26,9 @@ GOOD: dict[str, Any] = {
 }
 
 
-def parse(response: Any) -> Completion:
-    return parse_completion(response, newest_version=4, where="http://server/generate: request r")
+def parse(response: Any, num_topk: int = 0) -> Completion:
+    where = "http://server/generate: request r"
+    return parse_completion(response, newest_version=4, where=where, vocab_size=10, num_topk=num_topk)
 
 
 def test_a_good_response() -> None:
@@ -49,6 +50,58 @@ def test_an_aborted_response_may_be_empty() -> None:
         "output_token_logprobs": [],
     }
     assert parse({"output_ids": [], "meta_info": meta}) == Completion([], [], [], FinishReason.abort)
+
+
+TOPK: list[Any] = [
+    [[-0.5, 5, None], [-1.25, 2, None]],
+    [[-0.75, 9, None], [-1.5, 6, None]],
+    [[0.0, 7, None], [-40.0, 0, None]],
+]
+
+
+def with_topk(rows: Any) -> dict[str, Any]:
+    response = copy.deepcopy(GOOD)
+    response["meta_info"]["output_top_logprobs"] = rows
+    return response
+
+
+def test_the_most_probable_ids() -> None:
+    completion = parse(with_topk(TOPK), num_topk=2)
+    assert completion.topk_ids == [[5, 2], [9, 6], [7, 0]]
+    assert completion.topk_logprobs == [[-0.5, -1.25], [-0.75, -1.5], [0.0, -40.0]]
+    unasked = parse(with_topk(TOPK))
+    assert unasked == parse(GOOD)
+    assert unasked.topk_ids is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "output_top_logprobs are of 0 tokens, the response has 3; the request asked for"),
+        (TOPK[:2], "output_top_logprobs are of 2 tokens, the response has 3"),
+        ([TOPK[0], TOPK[1], TOPK[2][:1]], "of response token 2 has 1 ids; the request asked for top_log"),
+        ([TOPK[0], [*TOPK[1], [-9.0, 1, None]], TOPK[2]], "of response token 1 has 3 ids"),
+        ([TOPK[0], None, TOPK[2]], "malformed output_top_logprobs: TypeError"),
+        ([TOPK[0], [[None, 9, None], [-1.0, 6, None]], TOPK[2]], "malformed output_top_logprobs: TypeError"),
+        ([TOPK[0], [[-1.0], [-1.0]], TOPK[2]], "malformed output_top_logprobs: IndexError"),
+        ([TOPK[0], [[-1.0, "a"], [-1.0, 3]], TOPK[2]], "malformed output_top_logprobs: ValueError"),
+        (3, "malformed output_top_logprobs: TypeError"),
+    ],
+)
+def test_most_probable_ids_that_are_missing_or_malformed(rows: Any, message: str) -> None:
+    response = copy.deepcopy(GOOD) if rows is None else with_topk(rows)
+    with pytest.raises(RolloutError) as caught:
+        parse(response, num_topk=2)
+    assert str(caught.value).startswith("http://server/generate: request r: ")
+    assert message in str(caught.value)
+
+
+def test_an_empty_response_needs_no_most_probable_ids() -> None:
+    meta: dict[str, Any] = {"completion_tokens": 0, "finish_reason": {"type": "abort"}, "weight_version": "4"}
+    no_tokens: list[object] = []
+    meta["output_token_logprobs"] = no_tokens
+    completion = parse({"output_ids": no_tokens, "meta_info": meta}, num_topk=2)
+    assert completion.topk_ids == completion.topk_logprobs == []
 
 
 def change(key: str, value: Any) -> Damage:
@@ -74,6 +127,20 @@ BAD: list[tuple[Damage, str]] = [
     (change("output_token_logprobs", [[-1, 5], [float("nan"), 6], [-1, 7]]), "response token 1 is nan"),
     (change("output_token_logprobs", [[float("-inf"), 5], [-1, 6], [-1, 7]]), "response token 0 is -inf"),
     (change("output_token_logprobs", [[-1, 5], [-1, 6], [0.01, 7]]), "response token 2 is 0.01"),
+    (
+        lambda r: (
+            r.update(output_ids=[5, 10, 7]),
+            r["meta_info"]["output_token_logprobs"].__setitem__(1, [-1, 10]),
+        ),
+        "response token 1 is the id 10, which is not in 0..9",
+    ),
+    (
+        lambda r: (
+            r.update(output_ids=[-2, 6, 7]),
+            r["meta_info"]["output_token_logprobs"].__setitem__(0, [-1, -2]),
+        ),
+        "response token 0 is the id -2",
+    ),
     (spans(("default", 0, 3)), "weight version 'default' is not one of the trainer's, 0..4"),
     (spans((None, 0, 3)), "unknown policy version"),
     (spans(("5", 0, 3)), "weight version '5'"),

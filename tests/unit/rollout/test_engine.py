@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.rollout.engine import RolloutEngine, sample_seed
+from megatron_drpo.sequences import build_sequences
 from megatron_drpo.types import FinishReason, Prompt, RolloutGroup
 
 Serve = Callable[..., str]
@@ -89,6 +94,92 @@ def test_groups_come_in_order_with_true_logprobs(
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_most_probable_ids_against_a_float64_softmax(
+    endpoints: list[str],
+    closed_endpoint: str,
+    make_engine: MakeEngine,
+    tiny_moe: Path,
+    deterministic: bool,
+) -> None:
+    """Of the tempered distribution over the whole vocabulary, though top-p truncates what is sampled."""
+    servers = [closed_endpoint] if deterministic else endpoints
+    engine = make_engine(servers, temperature=0.8, top_p=0.9, deterministic=deterministic)
+    groups = engine.generate(make_prompts(4), policy_version=0, step=0, num_topk=5)
+    model: PreTrainedModel = load_model(tiny_moe, torch.float32)
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        prompt, ids = rollout.prompt.token_ids, rollout.response_ids
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        expected, order = (logits.double() / 0.8).log_softmax(-1).sort(descending=True)
+        actual = torch.tensor(rollout.topk_logprobs, dtype=torch.float64)
+        assert actual.shape == (len(ids), 5)
+        torch.testing.assert_close(actual, expected[:, :5], atol=1e-5, rtol=0)
+        at_ids = expected.gather(1, order.argsort()).gather(1, torch.tensor(rollout.topk_ids))
+        torch.testing.assert_close(at_ids, actual, atol=1e-5, rtol=0)
+        for token, logprob, row_ids, row in zip(
+            ids, rollout.rollout_logprobs, rollout.topk_ids or [], rollout.topk_logprobs or [], strict=True
+        ):
+            assert token not in row_ids or row[row_ids.index(token)] == logprob
+    [plain, *_] = engine.generate(make_prompts(1), policy_version=0, step=0)
+    assert plain.rollouts[0].topk_ids is None
+
+
+SGLANG_ANSWER: dict[str, Any] = {
+    "text": "t7 t1",
+    "output_ids": [7, 1],
+    "meta_info": {
+        "id": "step3-prompt10-sample0-c0ffee00",
+        "finish_reason": {"type": "stop", "matched": 1},
+        "prompt_tokens": 2,
+        "weight_version": "2",
+        "total_retractions": 0,
+        "input_token_logprobs": [],
+        "output_token_logprobs": [[-0.6931471824645996, 7, None], [-0.10536054521799088, 1, None]],
+        "input_top_logprobs": [],
+        "output_top_logprobs": [
+            [[-0.6931471824645996, 7, None], [-1.2039728164672852, 4, None], [-2.3025851249694824, 9, None]],
+            [
+                [-0.10536054521799088, 1, None],
+                [-2.995732307434082, 7, None],
+                [-3.4028234663852886e38, 0, None],
+            ],
+        ],
+        "completion_tokens": 2,
+        "cached_tokens": 0,
+        "e2e_latency": 0.0124,
+    },
+}
+"""As SGLang 0.5 answers: triples of logprob, id and text, floored at the smallest float where a probability
+underflows."""
+
+
+def test_an_answer_of_sglang(serve_app: Callable[[Any], str], make_engine: MakeEngine) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    async def answer(request: Request) -> Response:
+        bodies.append(await request.json())
+        return JSONResponse([SGLANG_ANSWER] * len(bodies[-1]["input_ids"]))
+
+    endpoint = serve_app(Starlette(routes=[Route("/generate", answer, methods=["POST"])]))
+    engine = make_engine([endpoint], num_samples_per_prompt=1)
+    [group] = engine.generate(make_prompts(1), policy_version=2, step=3, round_index=1, num_topk=3)
+    assert bodies[0]["top_logprobs_num"] == 3
+    assert bodies[0]["rid"][0].startswith("step3-round1-prompt10-sample0-")
+    [rollout] = group.rollouts
+    assert rollout.response_ids == [7, 1]
+    assert rollout.policy_versions == [2, 2]
+    assert rollout.topk_ids == [[7, 4, 9], [1, 7, 0]]
+    [sequence] = build_sequences([rollout], torch.ones(1), [False], vocab_size=64, num_topk=3)
+    assert sequence.topk_logprobs is not None
+    torch.testing.assert_close(
+        sequence.topk_logprobs.exp(), torch.tensor([[0.5, 0.3, 0.1], [0.9, 0.05, 0.0]]), atol=1e-7, rtol=0
+    )
+    with pytest.raises(
+        RolloutError, match=r"request step3-prompt10-sample0: output_top_logprobs of response"
+    ):
+        engine.generate(make_prompts(1), policy_version=2, step=3, num_topk=4)
+
+
 def test_seeds_decide_the_samples_wherever_they_run(endpoints: list[str], make_engine: MakeEngine) -> None:
     """Two servers or one, all prompts or some: the same tokens; another step or run seed: others."""
     prompts = make_prompts(4)
@@ -111,6 +202,11 @@ def test_sample_seeds_are_stable_across_releases() -> None:
     assert sample_seed(1, 22, 333, 4444) == 3342449704403661612
     seeds = {sample_seed(0, s, p, i) for s in range(10) for p in range(10) for i in range(10)}
     assert len(seeds) == 1000
+    assert sample_seed(5, 4, 3, 2, 0) == sample_seed(5, 4, 3, 2)
+    seeds |= {
+        sample_seed(0, s, p, i, r) for s in range(10) for p in range(10) for i in (0, 1) for r in (1, 2)
+    }
+    assert len(seeds) == 1400, "another round of the same step draws other samples"
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

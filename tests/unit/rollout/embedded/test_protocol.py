@@ -50,9 +50,24 @@ def test_ignore_eos_ignores_every_stop_token() -> None:
     assert parse(input_ids=[3], sampling_params=params)[0].params.stop_token_ids == frozenset()
 
 
+def test_the_number_of_most_probable_ids_is_shared_or_each_samples_own() -> None:
+    def numbers(**body: Any) -> list[int]:
+        params = {"max_new_tokens": 2}
+        return [s.params.num_topk for s in parse(input_ids=[[1], [2]], sampling_params=params, **body)]
+
+    assert numbers() == [0, 0]
+    assert numbers(top_logprobs_num=None) == [0, 0]
+    assert numbers(top_logprobs_num=10) == [10, 10]
+    assert numbers(top_logprobs_num=[3, 0]) == [3, 0]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        ({"input_ids": [1], "top_logprobs_num": 11}, "top_logprobs_num=11 must be a number in 0..10"),
+        ({"input_ids": [1], "top_logprobs_num": -1}, "top_logprobs_num=-1"),
+        ({"input_ids": [1], "top_logprobs_num": 2.0}, "top_logprobs_num=2.0"),
+        ({"input_ids": [[1], [2]], "top_logprobs_num": [1]}, "or a list of 2 of them"),
         ({}, "input_ids is missing"),
         ({"input_ids": []}, "input_ids is missing"),
         ({"input_ids": "text"}, "input_ids is missing"),
@@ -95,6 +110,22 @@ def test_version_spans_cover_the_tokens_without_gaps() -> None:
     assert meta["weight_version"] == "3"
     assert meta["weight_versions"][1] == {"version": "3", "start": 2, "end": 3}
     assert meta["output_token_logprobs"] == [[-0.5, 2, None], [-1.0, 3, None], [-2.0, 4, None]]
+
+
+def test_most_probable_ids_are_triples_like_the_sampled_ones() -> None:
+    """One row of [logprob, id, text] per token; no such key where none were asked for."""
+    params = {"max_new_tokens": 9}
+    [sample] = parse(input_ids=[3], sampling_params=params, top_logprobs_num=2)
+    result = SampleResult(sample, token_ids=[2, 4], logprobs=[-0.5, -1.0])
+    result.topk_logprobs, result.topk_ids = [[-0.5, -0.75], [-0.25, -1.0]], [[2, 6], [5, 4]]
+    result.finish_reason = {"type": "stop", "matched": 4}
+    result.close_span("0")
+    assert render_result(result, 0.0)["meta_info"]["output_top_logprobs"] == [
+        [[-0.5, 2, None], [-0.75, 6, None]],
+        [[-0.25, 5, None], [-1.0, 4, None]],
+    ]
+    [result.request] = parse(input_ids=[3], sampling_params=params)
+    assert "output_top_logprobs" not in render_result(result, 0.0)["meta_info"]
 
 
 def test_a_response_without_tokens_still_has_a_version() -> None:

@@ -93,16 +93,36 @@ def test_logprobs_are_of_the_tempered_distribution_before_truncation() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 50) * 3
     params = [dataclasses.replace(BASE, temperature=t, top_p=0.6, top_k=5, seed=3) for t in (0.7, 1.0, 1.9)]
-    tokens, logprobs = SamplingBatch(params).sample(logits, [4, 5, 6])
+    tokens, logprobs, *_ = SamplingBatch(params).sample(logits, [4, 5, 6])
     temperatures = torch.tensor([[0.7], [1.0], [1.9]], dtype=torch.float64)
     reference = (logits.double() / temperatures).log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), reference[torch.arange(3), tokens], atol=2e-6, rtol=0)
 
 
+def test_the_most_probable_ids_are_of_the_same_distribution() -> None:
+    """Tempered, before truncation; each row has as many as the largest number asked for."""
+    torch.manual_seed(3)
+    logits = torch.randn(3, 50) * 3
+    params = [
+        dataclasses.replace(BASE, temperature=t, top_p=0.6, top_k=2, num_topk=k)
+        for t, k in [(0.7, 0), (1.0, 7), (1.9, 3)]
+    ]
+    sampled = SamplingBatch(params).sample(logits, [0, 0, 0])
+    temperatures = torch.tensor([[0.7], [1.0], [1.9]], dtype=torch.float64)
+    reference = (logits.double() / temperatures).log_softmax(-1)
+    order = reference.argsort(-1, descending=True)[:, :7]
+    assert torch.equal(sampled.topk_ids_AK, order)
+    torch.testing.assert_close(
+        sampled.topk_logprobs_AK.double(), reference.gather(-1, order), atol=2e-6, rtol=0
+    )
+
+
 def test_temperature_zero_is_greedy_with_logprobs_at_temperature_one() -> None:
     torch.manual_seed(1)
     logits = torch.randn(4, 30)
-    tokens, logprobs = SamplingBatch([dataclasses.replace(BASE, temperature=0.0)] * 4).sample(logits, [0] * 4)
+    tokens, logprobs, *_ = SamplingBatch([dataclasses.replace(BASE, temperature=0.0)] * 4).sample(
+        logits, [0] * 4
+    )
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
@@ -118,9 +138,9 @@ def test_a_sample_depends_on_no_neighbour() -> None:
         )
     ]
     counters = [3, 1, 4, 1, 5, 9]
-    together, logprobs = SamplingBatch(params).sample(logits, counters)
+    together, logprobs, *_ = SamplingBatch(params).sample(logits, counters)
     for i in (5, 3, 0, 2, 4, 1):
-        alone, logprob = SamplingBatch([params[i]]).sample(logits[i : i + 1], [counters[i]])
+        alone, logprob, *_ = SamplingBatch([params[i]]).sample(logits[i : i + 1], [counters[i]])
         assert alone.item() == together[i].item()
         assert logprob.item() == logprobs[i].item()
 
