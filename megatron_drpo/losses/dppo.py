@@ -68,10 +68,10 @@ class DppoLoss(RatioLoss):
         return is_above_N | ((change_N < 0) & (divergence_N > self.mask_low))
 
     def warnings(self) -> list[str]:
-        if self.ratio_cap is None or self.ratio_cap > 1:
+        if self.ratio_cap is None or self.ratio_cap >= 1:
             return []
         return [
-            f"algorithm.loss.ratio_cap={self.ratio_cap}: a cap at or below 1 also scales down tokens that "
+            f"algorithm.loss.ratio_cap={self.ratio_cap}: a cap below 1 also scales down tokens that "
             "have not moved; DPPO's own setting is 10000"
         ]
 

@@ -217,7 +217,7 @@ def test_a_topk_loss_without_topk_says_so(make_tokens: MakeTokens) -> None:
 
 def test_settings_that_do_nothing_are_named() -> None:
     for name in ("dppo_binary_tv", "dppo_topk_tv"):
-        assert build_loss(LossConfig(name=name)).warnings() == []
+        assert build_loss(LossConfig(name=name, ratio_cap=1.0)).warnings() == []
         high, low, cap = build_loss(LossConfig(name=name, mask_high=1.0, ratio_cap=0.5)).warnings()
         assert "algorithm.loss.mask_high=1.0" in high
         assert "algorithm.loss.mask_low=1.0" in low
