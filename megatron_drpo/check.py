@@ -57,6 +57,36 @@ def warn_config(config: Config) -> list[str]:
     return warnings
 
 
+def _check_objective(config: Config, architecture: ArchitectureConfig | None) -> list[str]:
+    """Of the loss, how it is computed, and the reference policy."""
+    problems = check_loss(config.algorithm.loss)
+    if problems:
+        return problems
+    objective = build_objective(config.algorithm)
+    if objective.needs_sequences and config.policy.logprob_mode is LogprobMode.one_pass:
+        problems.append(
+            "policy.logprob_mode=one_pass: the loss or a correction needs whole sequences, so gradients "
+            "are not known chunk by chunk; use auto or recompute"
+        )
+    num_topk = objective.loss.num_topk
+    if architecture is not None and num_topk > architecture.vocab_size:
+        problems.append(
+            f"algorithm.loss.num_topk={num_topk}: must not exceed the model's vocab_size, "
+            f"{architecture.vocab_size}"
+        )
+    path = config.algorithm.kl.reference_path
+    if objective.kl is None or path is None or architecture is None:
+        return problems
+    try:
+        if _read_architecture(path) != architecture:
+            problems.append(
+                f"algorithm.kl.reference_path={path}: another architecture than policy.model_path has"
+            )
+    except ModelError as error:
+        problems.append(f"algorithm.kl.reference_path: {error}")
+    return problems
+
+
 def _check_groups(config: Config) -> list[str]:
     """Of rewards and advantages within a group."""
     problems = []
@@ -94,35 +124,6 @@ def _read_architecture(model_path: str) -> ArchitectureConfig:
     shapes = {name: folder.shape(name) for name in folder.keys()}  # noqa: SIM118  not a dict
     family.mapping(architecture).check_hf(shapes, str(folder.path))
     return architecture
-
-
-def _check_objective(config: Config, architecture: ArchitectureConfig | None) -> list[str]:
-    """Of the loss, how it is computed, and the reference policy."""
-    problems = check_loss(config.algorithm.loss)
-    if problems:
-        return problems
-    objective = build_objective(config.algorithm)
-    if objective.needs_sequences and config.policy.logprob_mode is LogprobMode.one_pass:
-        problems.append(
-            "policy.logprob_mode=one_pass: the loss or a correction needs whole sequences, so gradients "
-            "are not known chunk by chunk; use auto or recompute"
-        )
-    if architecture is not None and objective.loss.num_topk > architecture.vocab_size:
-        problems.append(
-            f"algorithm.loss.num_topk={objective.loss.num_topk}: must not exceed the model's vocab_size, "
-            f"{architecture.vocab_size}"
-        )
-    path = config.algorithm.kl.reference_path
-    if objective.kl is None or path is None or architecture is None:
-        return problems
-    try:
-        if _read_architecture(path) != architecture:
-            problems.append(
-                f"algorithm.kl.reference_path={path}: another architecture than policy.model_path has"
-            )
-    except ModelError as error:
-        problems.append(f"algorithm.kl.reference_path: {error}")
-    return problems
 
 
 def _check_data(config: Config) -> list[str]:

@@ -10,10 +10,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import Config, Mode
+from megatron_drpo.config import Config
 from megatron_drpo.context_parallel import split_context_parallel
 from megatron_drpo.losses.aggregation import compute_token_weights, count_loss
-from megatron_drpo.losses.registry import build_loss
 from megatron_drpo.packing import pack_global_batch, plan_micro_batches
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
@@ -90,7 +89,7 @@ def _pack_share(
         max_tokens=config.policy.max_tokens_per_micro_batch,
         pad_to_multiple=policy.parallel.pad_to_multiple,
         pad_sequences_to=policy.parallel.pad_sequences_to,
-        num_topk=0 if config.train.mode is Mode.sft else build_loss(config.algorithm.loss).num_topk,
+        num_topk=policy.objective.loss.num_topk,
         # The schedule needs one, also where no replica has a sequence.
         num_micro_batches=policy.round_up_micro_batches(max(counts.micro_batches, 1)),
     )

@@ -3,6 +3,9 @@
 Three optimizer steps from the same HF weights in fp32, off-policy, with uncentred advantages, on every
 layout, with and without recompute and with small and large micro-batches; each is compared with one rank
 that has everything in one micro-batch. Ranks are processes on this machine that talk over gloo.
+
+With --matrix: loss, gradients and metrics of one update, of every objective under every layout, compared with
+a float64 model and objectives of our own (`parity_matrix.py`); --pairwise runs half of its cases.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ from megatron_drpo.config import (
 )
 from megatron_drpo.types import TrainSequence
 from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from tools import parity_matrix
+from tools.parity_cases import LAYOUTS as MATRIX_LAYOUTS
+from tools.parity_cases import ROWS
 
 NUM_STEPS = 3
 NUM_SEQUENCES = 16
@@ -114,7 +120,7 @@ def build_config(case: Case, model_path: str) -> Config:
             dtype=Dtype.fp32,
             max_tokens_per_micro_batch=case.max_tokens,
             recompute=case.recompute,
-            logprob_chunk_tokens=100,
+            logprob_buffer_bytes=100 * 128 * 4,
         ),
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01, clip_grad=0.5),
         parallel=replace(LAYOUTS[case.layout], timeout_s=300),
@@ -176,13 +182,17 @@ def _run_case(case: Case, folder: str, platform: Any, device: torch.device) -> O
 
 def _mean_token_loss(policy: Any, micro_batches: list[Any]) -> float:
     """mean |per-token loss| over loss tokens: the scale of the loss's tolerance."""
-    total, count = 0.0, 0
-    for micro_batch, logprobs in zip(micro_batches, policy.compute_logprobs(micro_batches), strict=True):
-        mask = micro_batch.loss_mask_T
-        values = policy.loss.value(logprobs, micro_batch.rollout_logprobs_T, micro_batch.advantages_T)
-        total += float(values[mask].abs().double().sum())
-        count += int(mask.sum())
-    return total / count
+    values: list[torch.Tensor] = []
+
+    class Observer:
+        def begins(self, micro_batch: Any) -> None:
+            pass
+
+        def sees(self, micro_batch: Any, rows: Any, tokens: Any, entropy_N: torch.Tensor) -> None:
+            values.append(policy.objective.value(tokens, entropy_N).abs().double())
+
+    policy.forward_backward(micro_batches, Observer())
+    return float(torch.cat(values).mean())
 
 
 def _logits_error(policy: Any, micro_batches: list[Any], reference: dict[int, torch.Tensor]) -> float:
@@ -195,6 +205,7 @@ def _logits_error(policy: Any, micro_batches: list[Any], reference: dict[int, to
     from megatron_drpo.context_parallel import merge_context_parallel
     from megatron_drpo.policy.forward import run_model
     from megatron_drpo.policy.model import unwrap
+    from megatron_drpo.policy.schedule import run_schedule
 
     parallel = policy.parallel
     worst = torch.zeros(1)
@@ -221,7 +232,14 @@ def _logits_error(policy: Any, micro_batches: list[Any], reference: dict[int, to
         return output, compare
 
     with torch.no_grad():
-        policy._run(forward, micro_batches, forward_only=True, collect_non_loss_data=True)
+        run_schedule(
+            forward,
+            policy.chunks,
+            micro_batches,
+            parallel.device,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)
 
@@ -310,12 +328,33 @@ def print_table(cases: list[Case], outcomes: list[Outcome]) -> bool:
     return holds
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    chosen = {*parser.parse_args().layouts, "single"}
-    cases = [case for case in all_cases() if case.layout in chosen]
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--time-limit-s", type=float, default=TIME_LIMIT_S, help="a rank hangs after that")
+    parser.add_argument("--matrix", action="store_true")
+    matrix = parser.add_argument_group("with --matrix")
+    matrix.add_argument("--losses", nargs="+", metavar="NAME", help="rows of the matrix; default: all")
+    matrix.add_argument("--pairwise", action="store_true", help="half of the cases, all pairs of factors")
+    matrix.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    arguments = parser.parse_args()
+    known = {"layouts": list(MATRIX_LAYOUTS if arguments.matrix else LAYOUTS), "losses": list(ROWS)}
+    for option, names in known.items():
+        chosen = getattr(arguments, option)
+        unknown = [name for name in chosen or [] if name not in names]
+        if unknown:
+            parser.error(f"--{option} {unknown[0]!r}: unknown; known are {', '.join(map(repr, names))}")
+        setattr(arguments, option, chosen or names)
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
     ignore_expected_warnings()
+    if arguments.matrix:
+        return parity_matrix.main(arguments)
+    chosen = {*arguments.layouts, "single"}
+    cases = [case for case in all_cases() if case.layout in chosen]
     num_ranks = max(LAYOUTS[case.layout].world_size for case in cases)
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -323,12 +362,12 @@ def main() -> int:
         writer.start()
         writer.join()
         ranks: Any = mp.spawn(run_rank, args=(num_ranks, folder, cases), nprocs=num_ranks, join=False)
-        deadline = time.monotonic() + TIME_LIMIT_S
+        deadline = time.monotonic() + arguments.time_limit_s
         while not ranks.join(timeout=1):
             if time.monotonic() > deadline:
                 for process in ranks.processes:
                     process.kill()
-                print(f"no result within {TIME_LIMIT_S:.0f} s: a rank hangs", file=sys.stderr)
+                print(f"no result within {arguments.time_limit_s:.0f} s: a rank hangs", file=sys.stderr)
                 return 1
         print(file=sys.stderr)
         saved = torch.load(f"{folder}/outcomes.pt", weights_only=True)

@@ -27,10 +27,13 @@ class Loss(ABC):
 
     needs_sequences: ClassVar[bool] = False
     """Whether a token's loss depends on its whole sequence."""
-    num_topk: int = 0
-    """Most probable ids per token that the rollout must report."""
     has_trust_region: ClassVar[bool] = True
     """Whether there is a bound on the change of the policy that tokens can be outside of."""
+
+    @property
+    def num_topk(self) -> int:
+        """Most probable ids per token that the rollout must report."""
+        return 0
 
     @abstractmethod
     def value(self, tokens: LossTokens) -> Float[Tensor, " N"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -114,11 +115,16 @@ class DppoTopkLoss(DppoLoss):
     It is taken from the rollout's distribution, whatever the anchor, and so is the direction.
     """
 
-    num_topk: int = field()  # no default: the one of Loss is 0
+    num_ids: int
+    """K."""
 
     @classmethod
     def from_config(cls, config: LossConfig) -> DppoTopkLoss:
-        return cls(num_topk=config.num_topk, **_shared(config))
+        return cls(num_ids=config.num_topk, **_shared(config))
+
+    @property
+    def num_topk(self) -> int:
+        return self.num_ids
 
     def sampled_change(self, tokens: LossTokens) -> Float[Tensor, " N"]:
         return tokens.probs_N - tokens.rollout_logprobs_N.exp()
@@ -154,7 +160,7 @@ class DppoTopkKlLoss(DppoTopkLoss):
         return terms_NK.sum(dim=1) + rest_mu_N * (rest_mu_N / rest_pi_N).log()
 
 
-def _shared(config: LossConfig) -> dict[str, float | None]:
+def _shared(config: LossConfig) -> dict[str, Any]:
     mask_low = config.mask_high if config.mask_low is None else config.mask_low
     return {"mask_high": config.mask_high, "mask_low": mask_low, "ratio_cap": config.ratio_cap}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,9 @@ from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfWriter
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.sharded import LocalShard, iter_local_shards
+
+TensorOf = Callable[[torch.Tensor], torch.Tensor]
+"""A tensor of a parameter's shape that belongs to it, such as its gradient."""
 
 
 class _Piece(NamedTuple):
@@ -32,8 +35,9 @@ class _Source(NamedTuple):
     row: int
     num_rows: int
 
-    def values(self) -> torch.Tensor:
-        return self.shard.rows(self.row, self.num_rows)
+    def values(self, of: TensorOf | None = None) -> torch.Tensor:
+        tensor = None if of is None else of(self.shard.parameter)
+        return self.shard.rows(self.row, self.num_rows, tensor)
 
 
 class HfExporter:
@@ -69,17 +73,25 @@ class HfExporter:
             self._sources[bucket_of[piece.hf_name]].append(source)
         self._pieces_of_rank = self._gather_plan(pieces)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(
+        self, of: TensorOf | None = None, *, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every HF tensor of the model once, in the family's order; collective over all ranks.
 
-        On global rank 0: (name, tensor) on the model's device, in the model's parameter dtype (an fp32
-        router of a bf16 model is cast). The other ranks yield nothing but must iterate to the end as well.
+        On global rank 0: (name, tensor) on the model's device. The other ranks yield nothing but must iterate
+        to the end as well.
+
+        Args:
+            of: what to export of each parameter; None: its weights.
+            dtype: everything is cast to it; None: the model's parameter dtype (also for an fp32 router of a
+                bf16 model).
         """
+        dtype = self._dtype if dtype is None else dtype
         for bucket in range(len(self._buckets)):
             if self._rank == 0:
-                yield from self._receive(bucket).items()
+                yield from self._receive(bucket, of, dtype).items()
             elif self._sources[bucket]:
-                self._send(bucket)
+                self._send(bucket, of, dtype)
 
     def save(self, path: str | Path, *, source: str | Path, overwrite: bool = False) -> None:
         """Write the weights as an HF folder, with the config and tokenizer of `source`; collective."""
@@ -101,26 +113,26 @@ class HfExporter:
             raise ModelError(verdict[0])
         return gathered if self._rank == 0 else []
 
-    def _send(self, bucket: int) -> None:
-        flat = torch.cat([source.values().reshape(-1).to(self._dtype) for source in self._sources[bucket]])
+    def _send(self, bucket: int, of: TensorOf | None, dtype: torch.dtype) -> None:
+        flat = torch.cat([source.values(of).reshape(-1).to(dtype) for source in self._sources[bucket]])
         # NCCL allows a batch between some ranks of a group only after a collective of all: the plan's gather.
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, 0)]):
             work.wait()
 
-    def _receive(self, bucket: int) -> dict[str, torch.Tensor]:
+    def _receive(self, bucket: int, of: TensorOf | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         flats: dict[int, torch.Tensor] = {}
         for rank, pieces_of_bucket in enumerate(self._pieces_of_rank[1:], 1):
             num_elements = sum(piece.num_elements for piece in pieces_of_bucket[bucket])
             if num_elements:
-                flats[rank] = torch.empty(num_elements, dtype=self._dtype, device=self._device)
+                flats[rank] = torch.empty(num_elements, dtype=dtype, device=self._device)
         operations = [dist.P2POp(dist.irecv, flat, rank) for rank, flat in flats.items()]
         works = dist.batch_isend_irecv(operations) if operations else []
         tensors = {
-            name: torch.empty(self._mapping.hf_shapes[name], dtype=self._dtype, device=self._device)
+            name: torch.empty(self._mapping.hf_shapes[name], dtype=dtype, device=self._device)
             for name in self._buckets[bucket]
         }
         for piece, source in zip(self._pieces_of_rank[0][bucket], self._sources[bucket], strict=True):
-            tensors[piece.hf_name][(piece.rows, *piece.columns)] = source.values()
+            tensors[piece.hf_name][(piece.rows, *piece.columns)] = source.values(of)
         for work in works:
             work.wait()
         for rank, flat in flats.items():

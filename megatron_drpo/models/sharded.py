@@ -39,10 +39,14 @@ class LocalShard:
     is_main: bool
     """Exactly one rank holds a rectangle as its main copy."""
 
-    def rows(self, row: int, num_rows: int) -> torch.Tensor:
-        """A view of the local data: these rows of the global matrix, the shard's columns."""
+    def rows(self, row: int, num_rows: int, values: torch.Tensor | None = None) -> torch.Tensor:
+        """A view of the local data: these rows of the global matrix, the shard's columns.
+
+        Args:
+            values: a tensor of the parameter's shape to look at instead of the parameter.
+        """
         start = self.parameter_row + row - self.row
-        return self.parameter.detach()[start : start + num_rows]
+        return (self.parameter if values is None else values).detach()[start : start + num_rows]
 
 
 def iter_local_shards(chunks: Sequence[GPTModel]) -> Iterator[LocalShard]:

@@ -212,7 +212,7 @@ class TrainForward:
         rows = LossRows.of(micro_batch, self.settings.temperature, context_group)
         compute = self._one_pass if self.settings.one_pass else self._recompute
         total, output = compute(hidden_TH, model.output_weight(), rows)
-        output = LogprobOutput(*(None if x is None else x.detach() for x in output))
+        output = output.detach()
         tokens = rows.tokens(output)
         if self.observer is not None:
             self.observer.sees(micro_batch, rows, tokens, output.entropy_N)

@@ -47,6 +47,10 @@ class LogprobOutput(NamedTuple):
     topk_logprobs_NK: Float[Tensor, "N K"] | None
     """Of the given ids, if any; no gradient."""
 
+    def detach(self) -> LogprobOutput:
+        """The same without a graph."""
+        return self._replace(logprobs_N=self.logprobs_N.detach(), entropy_N=self.entropy_N.detach())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobRows:

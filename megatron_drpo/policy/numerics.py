@@ -156,13 +156,15 @@ def _places(model: PolicyModel) -> Iterator[tuple[str, int, torch.nn.Module]]:
     for index, number in _layer_numbers(model):
         yield f"layer {number}", number, model.decoder.layers[index]
     if model.decoder.final_layernorm is not None:
-        yield "the final norm", model.config.num_layers + 1, model.decoder.final_layernorm
+        norm: Any = model.decoder.final_layernorm
+        yield "the final norm", model.config.num_layers + 1, norm
 
 
 def _layer_numbers(model: PolicyModel) -> Iterator[tuple[int, int]]:
     """(index in this chunk, number in the whole model from 1)."""
-    for index, layer in enumerate(model.decoder.layers):
-        yield index, int(layer.layer_number)
+    layers: Any = model.decoder.layers
+    for index, layer in enumerate(layers):
+        yield index, layer.layer_number
 
 
 def _sequences_at(micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[int, ...]:

@@ -75,13 +75,15 @@ def compute_gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip by the norm from `compute_gradient_norm`, then step: the second half of Megatron's `step`, so that a
-    gradient that is not finite never reaches the weights."""
+    """Clip by the norm from `compute_gradient_norm`, then step: the second half of Megatron's `step`, so that
+    a gradient that is not finite never reaches the weights."""
     clip_grad = optimizer.config.clip_grad
     for part in distributed_optimizers(optimizer):
         parameters = part.get_parameters()
         if parameters and clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                cast(list[torch.Tensor], parameters), max_norm=clip_grad, total_norm=grad_norm
+            )
     optimizer.step_with_ready_grads()
 
 

@@ -244,7 +244,5 @@ def _with_field(name: str, micro_batches: list[MicroBatch], values: list[torch.T
     """The micro-batches with one field set; as they are where there are no values (before the last stage)."""
     if not values:
         return micro_batches
-    return [
-        replace(micro_batch, **{name: value})
-        for micro_batch, value in zip(micro_batches, values, strict=True)
-    ]
+    fields: list[dict[str, Any]] = [{name: value} for value in values]
+    return [replace(micro_batch, **field) for micro_batch, field in zip(micro_batches, fields, strict=True)]

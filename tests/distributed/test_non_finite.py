@@ -64,7 +64,8 @@ def fail_in_a_weight(config: Config, sequences: list[TrainSequence], number: int
     """The message when one weight of layer `number` is NaN, on whichever rank has it."""
     policy = build(config)
     for chunk in policy.chunks:
-        for layer in unwrap(chunk).decoder.layers:
+        layers: Any = unwrap(chunk).decoder.layers
+        for layer in layers:
             if layer.layer_number == number and policy.parallel.rank == policy.parallel.world_size - 1:
                 with torch.no_grad():
                     layer.self_attention.linear_proj.weight[0, 0] = torch.nan

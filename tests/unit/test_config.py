@@ -193,8 +193,8 @@ def test_value_at_the_edge_of_its_range(key: str, value: float | None) -> None:
         ),
         (
             {"algorithm__correction__token": "tis"},
-            "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the ratio of "
-            "the loss contains the correction already",
+            "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the ratio "
+            "of the loss contains the correction already",
         ),
         (
             {"algorithm__correction__token_low": 3.0},

@@ -96,12 +96,13 @@ def make_experience(
     """Of a single replica, unless `agree` and `sum_over_replicas` say otherwise."""
     engine = engine or Engine()
     alone: dict[str, Any] = {"agree": lambda value: value, "sum_over_replicas": lambda values: values}
+    alone |= {"vocab_size": 100, "num_topk": 0} | arguments
     experience = RolloutExperience(
         config,
         share,
         cast(RolloutEngine, engine),
         cast(RewardPool, rewards or Rewards()),
-        **{"vocab_size": 100, "num_topk": 0} | alone | arguments,
+        **alone,
     )
     return experience, engine
 
@@ -301,6 +302,9 @@ def test_a_replica_without_any_group_takes_part_in_the_sum() -> None:
     """All of its prompts are constant; the other replica, which has one, would wait for it."""
     sums: list[list[float]] = []
 
+    def at_least_one(value: int) -> int:
+        return max(value, 1)
+
     def collective(values: torch.Tensor) -> torch.Tensor:
         sums.append(values.tolist())
         return values
@@ -309,7 +313,7 @@ def test_a_replica_without_any_group_takes_part_in_the_sum() -> None:
         make_config(algorithm=replace(DYNAMIC, advantage=Advantage.reinforce_plus_plus)),
         make_share(4, 0, 2),
         rewards=SomeConstant(0, 2, 4, 6),
-        agree=lambda value: max(value, 1),
+        agree=at_least_one,
         sum_over_replicas=collective,
     )
     result = experience.collect(0, policy_version=0, timer=StepTimer())
@@ -376,17 +380,8 @@ def test_evaluation_samples_k_responses_with_seeds_of_its_own() -> None:
     engine = Engine()
     evaluator = Evaluator(config, PROMPTS[1:3], cast(RolloutEngine, engine), cast(RewardPool, Rewards()))
     statistics = evaluator.evaluate(policy_version=6)
-    assert engine.calls == [
-        {
-            "prompts": [1, 2],
-            "policy_version": 6,
-            "step": EVAL_SEED_STEP,
-            "num_samples_per_prompt": 3,
-            "temperature": 0.5,
-            "top_p": 0.9,
-            "on_progress": None,
-        }
-    ]
+    expected = {"prompts": [1, 2], "policy_version": 6, "step": EVAL_SEED_STEP, "on_progress": None}
+    assert engine.calls == [expected | {"num_samples_per_prompt": 3, "temperature": 0.5, "top_p": 0.9}]
     assert statistics.num_samples == 6
     assert statistics.reward_sum == 10 + 11 + 12 + 20 + 21 + 22
     assert statistics.num_truncated == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +22,8 @@ from megatron_drpo.platform import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import MicroBatch, TrainSequence
+
+ROOT = Path(__file__).parents[2]
 
 
 def same(first: MicroBatch, second: MicroBatch) -> bool:
@@ -68,3 +72,7 @@ def test_the_saved_update_fails_again_in_the_same_place(
         again.train_step(loaded, StepTimer())
     assert str(second.value) == str(first.value)
     assert "the loss, on rank 0, sequence 2" in str(first.value)
+
+    tool = [sys.executable, str(ROOT / "tools" / "replay_failure.py"), str(folder)]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (1, f"NumericsError: {first.value}\n"), done.stderr

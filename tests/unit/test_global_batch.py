@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -22,6 +22,8 @@ from megatron_drpo.config import (
     TrainConfig,
 )
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.losses.objective import Objective
+from megatron_drpo.losses.surrogate import SurrogateLoss
 from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
 from megatron_drpo.policy.policy import Policy
@@ -34,6 +36,7 @@ class PolicyWithoutModel:
 
     parallel: ParallelState
     multiple: int = 1
+    objective: Objective = field(default_factory=lambda: Objective(loss=SurrogateLoss()))
 
     def round_up_micro_batches(self, count: int) -> int:
         return -(-count // self.multiple) * self.multiple

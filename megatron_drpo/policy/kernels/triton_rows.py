@@ -15,12 +15,16 @@ the process first imports triton, as tests/conftest.py sets it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_NUM_STATISTICS = 5
+from megatron_drpo.policy.kernels.base import NUM_STATISTICS
+
+_jit: Any = triton.jit  # untyped: a kernel's arguments are pointers inside and tensors outside
 _NUM_WARPS = 16
 _STATISTICS_BLOCK = 2048
 _GRADIENT_BLOCK = 4096
@@ -46,7 +50,7 @@ class TritonRows:
     ) -> Tensor:
         num_rows, num_ids = logits_CV.shape
         num_given = 0 if topk_ids_CK is None else topk_ids_CK.shape[1]
-        result = logits_CV.new_full((num_rows, _NUM_STATISTICS + num_given), -torch.inf)
+        result = logits_CV.new_full((num_rows, NUM_STATISTICS + num_given), -torch.inf)
         if num_ids == 0:
             result[:, [1, 4]] = 0.0
         elif num_rows:
@@ -116,7 +120,7 @@ class TritonRows:
         return grad_CV
 
 
-@triton.jit
+@_jit
 def _statistics_kernel(
     result: tl.tensor,
     logits: tl.tensor,
@@ -131,17 +135,17 @@ def _statistics_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Every lane keeps an online softmax of the columns it meets: m the largest z, s the sum of
-    e = exp((z - m) / T), t the sum of e log e, and the block where z = m came first. A z takes one exponential,
-    whether or not it is a new maximum."""
+    e = exp((z - m) / T), t the sum of e log e, and the block where z = m came first. A z takes one
+    exponential, whether or not it is a new maximum."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)
+    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
     lanes = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], _LOWEST, logits.dtype.element_ty)
-    s = tl.zeros([BLOCK], logits.dtype.element_ty)
-    t = tl.zeros([BLOCK], logits.dtype.element_ty)
+    m = tl.full([BLOCK], _LOWEST, logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    s = tl.zeros([BLOCK], logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    t = tl.zeros([BLOCK], logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
     block = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_ids, BLOCK):
+    for start in range(0, num_ids, BLOCK):  # pyrefly: ignore[bad-argument-type]
         columns = start + lanes
         z = tl.load(logits + columns, mask=columns < num_ids, other=-float("inf"))
         difference = (z - m) * scale
@@ -160,9 +164,8 @@ def _statistics_kernel(
     total_e_log_e = tl.sum(e * (t + difference * s), 0)
     column = tl.min(tl.where(m == largest, block + lanes, num_ids), 0)
     is_empty = total == 0
+    largest = tl.where(is_empty, -float("inf"), tl.where(total > 0, largest * scale, total))  # a NaN shows
     total = tl.where(is_empty, 1.0, total)
-    largest = tl.where(total == total, largest * scale, total)  # NaN, where the total is
-    largest = tl.where(is_empty, -float("inf"), largest)
     log_total = tl.log(total)
 
     result += row * (5 + num_given)
@@ -170,7 +173,6 @@ def _statistics_kernel(
     tl.store(result + 1, log_total - total_e_log_e / total)
     tl.store(result + 3, largest)
     tl.store(result + 4, column + first_id)
-
     k = tl.arange(0, PICKED_BLOCK)  # 0: the label; from 1 on: the given ids
     label = tl.load(labels + row)
     mask = (k > 0) & (k <= num_given)
@@ -180,7 +182,7 @@ def _statistics_kernel(
     tl.store(result + tl.where(k == 0, 2, 4 + k), picked, mask=k <= num_given)
 
 
-@triton.jit
+@_jit
 def _grad_logits_kernel(
     grad_logits: tl.tensor,
     logits: tl.tensor,
@@ -206,14 +208,16 @@ def _grad_logits_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     grad_logits += row * grad_row_stride
-    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)
-    lse = tl.load(logsumexp + row).to(logits.dtype.element_ty)
-    g = tl.load(grad_logprobs + row).to(logits.dtype.element_ty) * scale
+    scale = tl.load(inverse_temperature + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    lse = tl.load(logsumexp + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    g = tl.load(grad_logprobs + row).to(logits.dtype.element_ty) * scale  # pyrefly: ignore[missing-attribute]
     label = tl.load(labels + row) - first_id
+    h = 0.0
+    row_entropy = 0.0
     if HAS_GRAD_ENTROPY:
-        h = tl.load(grad_entropy + row).to(logits.dtype.element_ty) * scale
-        row_entropy = tl.load(entropy + row).to(logits.dtype.element_ty)
-    for start in range(0, num_ids, BLOCK):
+        h = tl.load(grad_entropy + row).to(logits.dtype.element_ty) * scale  # pyrefly: ignore[missing-attribute]
+        row_entropy = tl.load(entropy + row).to(logits.dtype.element_ty)  # pyrefly: ignore[missing-attribute]
+    for start in range(0, num_ids, BLOCK):  # pyrefly: ignore[bad-argument-type]
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_ids
         z = tl.load(logits + columns, mask=mask, other=-float("inf"))
@@ -227,7 +231,7 @@ def _grad_logits_kernel(
         else:
             factor = g
         grad = tl.where(columns == label, g, 0.0) - p * factor
-        tl.store(grad_logits + columns, grad.to(grad_logits.dtype.element_ty), mask=mask)
+        tl.store(grad_logits + columns, grad.to(grad_logits.dtype.element_ty), mask=mask)  # pyrefly: ignore[missing-attribute]
 
 
 INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ def _topk(num_tokens: int, seed: int) -> TopK:
 def make_tokens() -> MakeTokens:
     """`make_tokens(pi, mu, advantages, **fields)`: float64, from probabilities; other fields as given."""
 
-    def make(pi: list[float], mu: list[float], advantages: list[float], **others: object) -> LossTokens:
+    def make(pi: list[float], mu: list[float], advantages: list[float], **others: Any) -> LossTokens:
         logpi, logmu, a = (torch.tensor(x, dtype=torch.float64) for x in (pi, mu, advantages))
-        required = {"logprobs_N": logpi.log(), "anchor_logprobs_N": logmu.log()}
+        required: dict[str, Any] = {"logprobs_N": logpi.log(), "anchor_logprobs_N": logmu.log()}
         required |= {"rollout_logprobs_N": logmu.log(), "advantages_N": a}
         return LossTokens(**(required | others))
 

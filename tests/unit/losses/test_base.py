@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from megatron_drpo.losses.base import Loss, RatioLoss
 from megatron_drpo.losses.registry import LOSSES, build_loss
 from megatron_drpo.losses.tokens import LOG_RATIO_MAX, LossTokens, Sequences, TopK
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "usual": {"mask_high": 0.13},
     "asymmetric": {
         "delta": 0.05,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ RHO = [0.4, 0.5, 1.0, 2.0, 2.1, 1e-9, 1e9]
 NAMES = ["tis", "mis", "icepop"]
 
 
-def _build(anchor: Anchor, **settings: object) -> Correction:
+def _build(anchor: Anchor, **settings: Any) -> Correction:
     (correction,) = build_corrections(CorrectionConfig(**settings), anchor)
     return correction
 

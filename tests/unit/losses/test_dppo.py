@@ -141,8 +141,8 @@ def _kl(mu: Tensor, pi: Tensor) -> Tensor:
 def test_topk_against_the_whole_distribution(vocab_size: int, num_topk: int) -> None:
     """With K = V - 1 every id has its bin; with fewer, merging ids can only lower a divergence."""
     mu, pi, tokens = _distributions(64, vocab_size, num_topk)
-    tv = DppoTopkTvLoss(mask_high=0.1, mask_low=0.1, num_topk=num_topk).divergence(tokens)
-    kl = DppoTopkKlLoss(mask_high=0.1, mask_low=0.1, num_topk=num_topk).divergence(tokens)
+    tv = DppoTopkTvLoss(mask_high=0.1, mask_low=0.1, num_ids=num_topk).divergence(tokens)
+    kl = DppoTopkKlLoss(mask_high=0.1, mask_low=0.1, num_ids=num_topk).divergence(tokens)
     order = mu.argsort(dim=1, descending=True)
     mu, pi = mu.gather(1, order), pi.gather(1, order)
     bins = [torch.cat([p[:, :num_topk], p[:, num_topk:].sum(1, keepdim=True)], dim=1) for p in (mu, pi)]
@@ -196,7 +196,7 @@ def test_equal_policies_diverge_by_rounding_only_where_the_topk_holds_all_mass()
     rest = 1 - rollout_logprobs.double().exp().sum(1)
     assert int((rest < 1e-7).sum()) > 20
     for loss_class in (DppoTopkTvLoss, DppoTopkKlLoss):
-        divergence = loss_class(mask_high=0.1, mask_low=0.1, num_topk=20).divergence(policy)
+        divergence = loss_class(mask_high=0.1, mask_low=0.1, num_ids=20).divergence(policy)
         assert divergence.abs().max().item() < 1e-5
 
 
@@ -204,7 +204,7 @@ def test_an_id_without_mass_adds_nothing(make_tokens: MakeTokens) -> None:
     logmu = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
     logpi = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
     tokens = make_tokens([0.9], [1.0], [1.0], topk=TopK(logprobs_NK=logpi, rollout_logprobs_NK=logmu))
-    kl = DppoTopkKlLoss(mask_high=0.1, mask_low=0.1, num_topk=2).divergence(tokens)
+    kl = DppoTopkKlLoss(mask_high=0.1, mask_low=0.1, num_ids=2).divergence(tokens)
     assert kl.item() == pytest.approx(-math.log(0.9), abs=1e-9)
 
 

@@ -63,7 +63,8 @@ def test_ranks_that_share_a_sequence_agree_with_one_that_holds_it(random_tokens:
     loss = GspoLoss(clip_low=0.03, clip_high=0.04)
     whole = loss.logprob_gradient(random_tokens)
     assert random_tokens.sequences is not None
-    index, sums = random_tokens.sequences.index_N, {}
+    index = random_tokens.sequences.index_N
+    sums: dict[int, Tensor] = {}
     log_ratio = random_tokens.logprobs_N - random_tokens.anchor_logprobs_N
     halves = {0: slice(0, 100), 1: slice(100, 200)}
     for rank, half in halves.items():

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from megatron_drpo.losses.registry import LOSSES
 from megatron_drpo.losses.surrogate import SurrogateLoss
 from megatron_drpo.losses.tokens import LossTokens
 
-CORRECTIONS: list[dict[str, object]] = [
+CORRECTIONS: list[dict[str, Any]] = [
     {},
     {"token": TokenCorrection.tis, "token_high": 1.3},
     {"token": TokenCorrection.mis, "token_high": 1.3},
@@ -118,10 +119,8 @@ def test_factor_at_hand_is_used(random_tokens: LossTokens) -> None:
     ("name", "field"),
     # A NaN logprob makes the mean over its sequence NaN, so GSPO's other tokens are not finite either.
     [
-        (name, f)
-        for name in LOSSES
-        for f in ("advantages_N", "logprobs_N")
-        if (name, f) != ("gspo", "logprobs_N")
+        *((name, "advantages_N") for name in LOSSES),
+        *((name, "logprobs_N") for name in LOSSES if name != "gspo"),
     ],
 )
 def test_a_masked_token_contributes_exactly_0_whatever_its_value(
@@ -136,7 +135,8 @@ def test_a_masked_token_contributes_exactly_0_whatever_its_value(
     objective = build_objective(config)
     masked = objective.factor(random_tokens) == 0
     assert 20 < int(masked.sum()) < 180
-    broken = replace(random_tokens, **{field: torch.where(masked, bad, getattr(random_tokens, field))})
+    changed: dict[str, Any] = {field: torch.where(masked, bad, getattr(random_tokens, field))}
+    broken = replace(random_tokens, **changed)
     entropy = torch.zeros(200, dtype=torch.float64)
     value, gradient, _ = _gradients(objective, broken, entropy)
     closed = objective.logprob_gradient(broken)

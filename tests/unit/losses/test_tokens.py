@@ -53,6 +53,7 @@ def test_a_part_of_a_micro_batch_has_no_sequences(make_tokens: Callable[..., Los
 
 
 def test_with_logprobs_changes_nothing_else(random_tokens: LossTokens) -> None:
+    assert random_tokens.ref_logprobs_N is not None
     other = random_tokens.with_logprobs(random_tokens.ref_logprobs_N)
     assert other.logprobs_N is random_tokens.ref_logprobs_N
     assert other.anchor_logprobs_N is random_tokens.anchor_logprobs_N

@@ -67,6 +67,8 @@ class Exported:
     tensors: list[tuple[str, torch.Tensor]]
     doubled: dict[str, torch.Tensor]
     """After all weights were doubled in place inside DDP's buffers."""
+    others: dict[str, torch.Tensor]
+    """Exported instead of the weights: four times each weight, in fp32."""
     share: float
     """Of all parameters, the part that this rank holds."""
 
@@ -108,9 +110,10 @@ def export_on(path: Path, parallel: ParallelConfig) -> Exported:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.mul_(2)
+    others = dict(exporter.tensors(lambda parameter: 2 * parameter.float(), dtype=torch.float32))
     held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     total = sum(torch.Size(shape).numel() for shape in mapping.hf_shapes.values())
-    return Exported(tensors, dict(exporter.tensors()), held / total)
+    return Exported(tensors, dict(exporter.tensors()), others, held / total)
 
 
 def export_on_all(jobs: list[tuple[Path, ParallelConfig]]) -> list[Exported]:
@@ -126,6 +129,7 @@ def check_equal(folder: HfFolder, exported: Exported) -> None:
         assert tensor.dtype == folder.dtype(name)
         assert torch.equal(tensor, folder.get(name)), name
         assert torch.equal(exported.doubled[name], 2 * folder.get(name)), name
+        assert torch.equal(exported.others[name], 4 * folder.get(name).float()), name
 
 
 def check_layouts(

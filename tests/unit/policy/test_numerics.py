@@ -123,7 +123,8 @@ def test_a_failure_that_does_not_come_back(
     fail: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reduce, calls = policy.reduce, []
+    reduce = policy.reduce
+    calls: list[Any] = []
 
     def spoil_once(results: Any) -> Any:
         calls.append(results)

@@ -97,9 +97,10 @@ def test_most_probable_ids_that_are_missing_or_malformed(rows: Any, message: str
 
 
 def test_an_empty_response_needs_no_most_probable_ids() -> None:
-    meta = {"completion_tokens": 0, "finish_reason": {"type": "abort"}, "weight_version": "4"}
-    meta["output_token_logprobs"] = []
-    completion = parse({"output_ids": [], "meta_info": meta}, num_topk=2)
+    meta: dict[str, Any] = {"completion_tokens": 0, "finish_reason": {"type": "abort"}, "weight_version": "4"}
+    no_tokens: list[object] = []
+    meta["output_token_logprobs"] = no_tokens
+    completion = parse({"output_ids": no_tokens, "meta_info": meta}, num_topk=2)
     assert completion.topk_ids == completion.topk_logprobs == []
 
 

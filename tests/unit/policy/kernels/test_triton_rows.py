@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_drpo.policy.kernels.base import RowKernels
+from megatron_drpo.policy.kernels.torch_rows import TorchRows
 from megatron_drpo.policy.kernels.triton_rows import INTERPRETED, TritonRows
 
 EPS = torch.finfo(torch.float32).eps
@@ -58,22 +56,33 @@ def make_rows(
     logits_CV = std * torch.randn(num_rows, num_ids, generator=random)
     inverse_temperature_C = 0.5 + 1.5 * torch.rand(num_rows, generator=random)
     grad_logprobs_C, grad_entropy_C = torch.randn(2, num_rows, generator=random)
-    tensors = (logits_CV, labels_C, inverse_temperature_C, grad_logprobs_C, grad_entropy_C)
-    return Rows(*(tensor.to(device) for tensor in tensors), first_id)
+    return Rows(
+        logits_CV.to(device),
+        labels_C.to(device),
+        inverse_temperature_C.to(device),
+        grad_logprobs_C.to(device),
+        grad_entropy_C.to(device),
+        first_id,
+    )
 
 
-def statistics(rows: Rows, topk_ids_CK: Tensor | None = None) -> Tensor:
-    return TritonRows().statistics(
+def statistics(rows: Rows, topk_ids_CK: Tensor | None = None, kernels: RowKernels | None = None) -> Tensor:
+    return (kernels or TritonRows()).statistics(
         rows.logits_CV, rows.labels_C, rows.inverse_temperature_C, topk_ids_CK, first_id=rows.first_id
     )
 
 
 def grad_logits(
-    rows: Rows, *, entropy: bool, dtype: torch.dtype = torch.float32, whole: Rows | None = None
+    rows: Rows,
+    *,
+    entropy: bool,
+    dtype: torch.dtype = torch.float32,
+    whole: Rows | None = None,
+    kernels: RowKernels | None = None,
 ) -> Tensor:
     """In the logits' place, with the float64 log-sum-exp and entropy of `whole`, rounded to fp32."""
     logsumexp_C, entropy_C = reference_statistics(whole or rows)[:, :2].unbind(1)
-    return TritonRows().grad_logits_(
+    return (kernels or TritonRows()).grad_logits_(
         rows.logits_CV,
         rows.labels_C,
         rows.inverse_temperature_C,
@@ -304,10 +313,25 @@ def test_two_shards_make_the_whole_softmax(device: torch.device) -> None:
     assert_grad_close(torch.cat(grads, 1), expected_grad_CV, scale)
 
 
+def test_equal_to_torch_rows(device: torch.device) -> None:
+    """Statistics to 1e-6 of the largest logit, gradients to 1e-6 of the largest gradient."""
+    rows = with_labels_here(make_rows(device, 5, 5000, first_id=70))
+    ids_CK = 70 + torch.arange(20, device=device).view(5, 4) * 300
+    expected = statistics(rows, ids_CK, TorchRows())
+    torch.testing.assert_close(statistics(rows, ids_CK), expected, atol=1e-6 * rows.scale, rtol=0.0)
+    copy = rows._replace(logits_CV=rows.logits_CV.clone())
+    expected_CV = grad_logits(copy, entropy=True, kernels=TorchRows())
+    atol = 1e-6 * expected_CV.abs().max().item()
+    torch.testing.assert_close(grad_logits(rows, entropy=True), expected_CV, atol=atol, rtol=0.0)
+
+
 def test_float64(device: torch.device) -> None:
     rows = with_labels_here(make_rows(device, 3, 5000))
-    rows = Rows(
-        *(field.double() if field.is_floating_point() else field for field in rows[:5]), rows.first_id
+    rows = rows._replace(
+        logits_CV=rows.logits_CV.double(),
+        inverse_temperature_C=rows.inverse_temperature_C.double(),
+        grad_logprobs_C=rows.grad_logprobs_C.double(),
+        grad_entropy_C=rows.grad_entropy_C.double(),
     )
     expected_CV = reference_grad(rows, entropy=True)
     torch.testing.assert_close(statistics(rows), reference_statistics(rows), atol=1e-12, rtol=1e-14)
@@ -336,58 +360,3 @@ def test_results_are_equal_in_every_run(device: torch.device) -> None:
     grads = [grad_logits(rows._replace(logits_CV=rows.logits_CV.clone()), entropy=True) for _ in range(2)]
     assert torch.equal(*results)
     assert torch.equal(*grads)
-
-
-COMPILE = """
-import re, subprocess, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from megatron_drpo.policy.kernels import triton_rows
-
-HOPPER = GPUTarget("cuda", 90, 32)
-GIVEN = {"PICKED_BLOCK": 32, "BLOCK": triton_rows._STATISTICS_BLOCK}
-GRAD = {"HAS_GRAD_ENTROPY": True, "IS_NARROWER": True, "BLOCK": triton_rows._GRADIENT_BLOCK}
-IDS = {"labels": "*i64", "given_ids": "*i64"}
-SIZES = ("row_stride", "grad_row_stride", "num_ids")
-INTEGERS = {name: "i32" for name in (*SIZES, "first_id", "num_given")}
-
-def compile(kernel, constants, types):
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names
-    }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in SIZES
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=HOPPER, options={"num_warps": triton_rows._NUM_WARPS})
-    with open(sys.argv[1], "wb") as file:
-        file.write(compiled.asm["cubin"])
-    tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]]
-    usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    print(*re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())
-    loop = re.search(r"\\$L__BB0_2:(.*?)bra\\s+\\$L__BB0_2;", compiled.asm["ptx"], re.DOTALL).group(1)
-    print(*re.findall(r"ld\\.global\\S*|st\\.global\\S*|bar\\.sync", loop))
-
-compile(triton_rows._statistics_kernel, GIVEN, IDS | INTEGERS)
-compile(triton_rows._grad_logits_kernel, GRAD, IDS | INTEGERS | {"grad_logits": "*bf16"})
-"""
-"""For an H100, which needs none: registers and stack of each kernel, and what its loop does to memory."""
-
-
-def test_compiled_for_hopper(tmp_path: Path) -> None:
-    """Registers for three programs per SM (65536 / 3 / 512 threads, in steps of 8), none in memory; 16-byte
-    loads and stores; in the gradient, every load comes before the barrier and every store after it."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", COMPILE, str(tmp_path / "cubin")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    statistics_usage, statistics_loop, grad_usage, grad_loop = done.stdout.splitlines()
-    for usage in (statistics_usage, grad_usage):
-        num_registers, num_stack_bytes = map(int, usage.split())
-        assert num_registers <= 40
-        assert num_stack_bytes == 0
-    assert statistics_loop == "ld.global.v4.b32"
-    assert grad_loop == "ld.global.v4.b32 ld.global.v4.b32 bar.sync st.global.v4.b32"
