@@ -286,10 +286,8 @@ def test_dropped_groups_are_refilled_on_one_replica() -> None:
     experience, engine = make_experience(make_config(algorithm=DYNAMIC), share, rewards=SomeConstant(0, 3, 5))
     result = experience.collect(7, policy_version=0, timer=StepTimer())
     # Of 0..3 half are kept, so 2 missing ones take 4; of 4..7 three are kept and one is cut.
-    assert [(call["prompts"], call["step"], call["round_index"]) for call in engine.calls] == [
-        ([0, 1, 2, 3], 7, 0),
-        ([4, 5, 6, 7], 7, 1),
-    ]
+    calls = [(call["prompts"], call["step"], call["round_index"]) for call in engine.calls]
+    assert calls == [([0, 1, 2, 3], 7, 0), ([4, 5, 6, 7], 7, 1)]
     assert prompts_of(result) == [1, 2, 4, 6]
     assert [sequence.id for sequence in result.sequences] == list(range(8))
     assert [sequence.advantages[0].item() for sequence in result.sequences] == [-0.5, 0.5] * 4
@@ -333,8 +331,7 @@ def test_a_penalty_does_not_make_a_group_vary() -> None:
         algorithm=DYNAMIC,
     )
     experience, _ = make_experience(config, make_share(1), rewards=SomeConstant(0))
-    result = experience.collect(0, policy_version=0, timer=StepTimer())
-    assert prompts_of(result) == [1]
+    assert prompts_of(experience.collect(0, policy_version=0, timer=StepTimer())) == [1]
 
 
 # ----------------------------------------------------------------------------------- demonstrations
