@@ -106,6 +106,20 @@ def test_extreme_rows() -> None:
     torch.testing.assert_close(grad_CV[6], torch.tensor([-0.25, 0.75, -0.25, -0.25]))
 
 
+@pytest.mark.parametrize("num_ids", [3, 128, 129, 300, 512])
+def test_the_largest_logit_is_the_first_of_equals_or_of_nans(num_ids: int) -> None:
+    """Many ties, and a single largest at each place, against torch's max."""
+    generator = torch.Generator().manual_seed(num_ids)
+    logits_CV = torch.randint(0, 3, (num_ids + 50, num_ids), generator=generator).float()
+    logits_CV[range(num_ids), range(num_ids)] = 9.0
+    logits_CV[-20:] = torch.where(logits_CV[-20:] == 1, torch.nan, logits_CV[-20:])
+    no_labels_C, ones_C = torch.full((num_ids + 50,), -1), torch.ones(num_ids + 50)
+    result = TorchRows().statistics(logits_CV, no_labels_C, ones_C, None, first_id=0)
+    largest_C, argmax_C = logits_CV.max(1)
+    torch.testing.assert_close(result[:, 3], largest_C, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(result[:, 4].long(), argmax_C)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize(
