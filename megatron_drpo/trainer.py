@@ -118,7 +118,7 @@ class Trainer:
             return self.policy.train_step(micro_batches, self.timer)
         except NumericsError as error:
             folder = save_failure(self.config, self.policy, self.state, micro_batches, error)
-            raise NumericsError(f"{error}. No weight was changed; {folder} reproduces it") from error
+            raise NumericsError(f"{error}. The update changed no weight; {folder} reproduces it") from error
 
     def _collect(self, step: int) -> Experience:
         experience = Experience(sequences=[], statistics=SampleStatistics())
