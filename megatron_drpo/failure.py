@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config
 from megatron_drpo.config_io import to_yaml
-from megatron_drpo.errors import DrpoError
+from megatron_drpo.errors import CheckpointError, DrpoError
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import MicroBatch
 
@@ -34,9 +34,28 @@ def save_failure(
         state: of the run before the step.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written; it quotes `error`.
     """
     folder = failure_folder(config.run_dir, state.step + 1)
+    try:
+        _write(folder, config, policy, state, micro_batches, error)
+    except (
+        OSError,
+        RuntimeError,
+    ) as problem:  # a full disk is torch's RuntimeError, and so is CheckpointError
+        raise CheckpointError(f"{error}; and what reproduces it could not be saved: {problem}") from problem
+    dist.barrier()
+    return folder
+
+
+def _write(
+    folder: Path,
+    config: Config,
+    policy: Policy,
+    state: RunState,
+    micro_batches: list[MicroBatch],
+    error: DrpoError,
+) -> None:
     rank = policy.parallel.rank
     (folder / "micro_batches").mkdir(parents=True, exist_ok=True)
     fields = [dataclasses.asdict(micro_batch) for micro_batch in micro_batches]
@@ -45,8 +64,6 @@ def save_failure(
         (folder / "error.txt").write_text(f"{error}\n")
         (folder / "config.yaml").write_text(to_yaml(config))
     Checkpointer(str(folder), config.checkpoint).save(policy, state)
-    dist.barrier()
-    return folder
 
 
 def failure_folder(run_dir: str | Path, step: int) -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, DataConfig, Dtype, OptimizerConfig, PolicyConfig
-from megatron_drpo.errors import NumericsError
+from megatron_drpo.errors import CheckpointError, NumericsError
 from megatron_drpo.failure import failure_folder, load_failed_micro_batches, save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
@@ -32,6 +32,29 @@ def same(first: MicroBatch, second: MicroBatch) -> bool:
         torch.equal(a.nan_to_num(5.0), b.nan_to_num(5.0)) if isinstance(a, torch.Tensor) else a == b
         for a, b in pairs
     )
+
+
+def test_a_folder_that_cannot_be_written_hides_nothing(
+    cpu_platform: Platform,
+    one_rank: ParallelState,
+    hf_model: Callable[[str], Path],
+    make_sequences: Callable[..., list[TrainSequence]],
+    tmp_path: Path,
+) -> None:
+    """The error still says what was not finite, besides where it could not be saved."""
+    (tmp_path / "failures").write_text("in the way")
+    config = Config(
+        run_dir=str(tmp_path),
+        data=DataConfig(train_path="unused"),
+        policy=PolicyConfig(model_path=str(hf_model("moe")), dtype=Dtype.fp32),
+    )
+    policy = Policy(config, cpu_platform, one_rank)
+    (micro_batches,) = iter_global_batches(config, policy, make_sequences([8]))
+    error = NumericsError("update 7: loss nan")
+    with pytest.raises(CheckpointError) as caught:
+        save_failure(config, policy, RunState(step=6), micro_batches, error)
+    assert str(caught.value).startswith("update 7: loss nan; and what reproduces it could not be saved: ")
+    assert str(failure_folder(tmp_path, 7)) in str(caught.value)
 
 
 def test_the_saved_update_fails_again_in_the_same_place(
