@@ -1,0 +1,1 @@
+"""The one FP8 block quantiser."""
