@@ -15,6 +15,9 @@ COMMON_FILE = "common.pt"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """In the folder above the checkpoints: `release`, or the number of the newest iteration."""
 
+HF_FOLDER = "hf"
+"""In a converted checkpoint: config.json and tokenizer of the model."""
+
 
 def is_torch_dist(path: Path) -> bool:
     """A complete checkpoint lies in this very folder."""
