@@ -10,7 +10,7 @@ import os
 import torch
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.fp8 import HF_SCALE_SUFFIX, dequantize_blockwise
+from megatron_drpo.fp8 import HF_SCALE_SUFFIX, check_quantization_config, dequantize_blockwise
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.mapping import ParameterMapping
 
@@ -30,9 +30,11 @@ class HfSource:
         Raises:
             ModelError: names every tensor that is missing, unexpected, misshapen or of a wrong dtype.
         """
+        if folder.config.has("quantization_config"):
+            check_quantization_config(folder.config.value("quantization_config"), folder.config.source)
         self.folder = folder
         self._dtype = dtype
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = bytearray()
         self._descriptors: dict[str, int] = {}
         scales = {name for name in folder if name.endswith(HF_SCALE_SUFFIX)}
         mapping.check_hf(
@@ -66,17 +68,20 @@ class HfSource:
         info = self.folder.info(name)
         row_bytes = torch.Size(info.shape[1:]).numel() * info.dtype.itemsize
         raw = self._pread(info.shard, info.offset + row * row_bytes, num_rows * row_bytes)
-        values = raw.view(info.dtype).view(num_rows, *info.shape[1:])
+        # A tensor of its own on this memory: torch.save writes the whole storage of a view.
+        values = torch.frombuffer(raw, dtype=info.dtype).view(num_rows, *info.shape[1:])
         if info.dtype is torch.float8_e4m3fn:
             scale = self.folder.get(name + HF_SCALE_SUFFIX)
-            return dequantize_blockwise(values, scale, self.dtype(name), first_row=row)
+            try:
+                return dequantize_blockwise(values, scale, self.dtype(name), first_row=row)
+            except ModelError as error:
+                raise ModelError(f"{self.folder.path / info.shard}: tensor {name!r}: {error}") from error
         return values.to(self.dtype(name))
 
-    def _pread(self, shard: str, offset: int, num_bytes: int) -> torch.Tensor:
-        if self._buffer.numel() < num_bytes:
-            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        target = self._buffer[:num_bytes]
-        view = memoryview(target.numpy())
+    def _pread(self, shard: str, offset: int, num_bytes: int) -> memoryview:
+        if len(self._buffer) < num_bytes:
+            self._buffer = bytearray(num_bytes)
+        view = memoryview(self._buffer)[:num_bytes]
         path = self.folder.path / shard
         try:
             if shard not in self._descriptors:
@@ -91,7 +96,7 @@ class HfSource:
                 done += count
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-        return target
+        return view
 
 
 def _check_scales(folder: HfFolder, scales: set[str]) -> None:

@@ -1,7 +1,7 @@
 """conversion.json: what a conversion wrote, with a hash for every tensor.
 
-Hashes are of rows of HF tensors as they are in the output, whichever format that has: a conversion there and back
-without a cast ends with the hashes it began with.
+Hashes are of rows of HF tensors as they are in the output, whichever format that has: a conversion there and
+back without a cast ends with the hashes it began with.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def cut(
 
 
 def _tensor_ends(tensor_map: TensorMap, num_rows: int) -> list[int]:
-    ends, row = [], 0
+    ends: list[int] = []
+    row = 0
     for tensor in tensor_map.hf:
         row += tensor.shape[0]
         ends.append(row)

@@ -34,7 +34,7 @@ from conversion.torch_dist_writer import (
 )
 from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError, ModelError
-from megatron_drpo.hf_io import HfFolder, copy_config_files
+from megatron_drpo.hf_io import HfFolder, copy_config_files, update_config
 from megatron_drpo.models.mapping import TensorMap
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.torch_dist import HF_FOLDER, TRACKER_FILE
@@ -100,7 +100,7 @@ class ToMegatron:
 
     def work(self, unit: Unit, file: Path, count: Callable[[int], None]) -> dict[str, Any]:
         """Write one unit; returns its record for the journal."""
-        hashes = []
+        hashes: list[tuple[str, int, int, str]] = []
         try:
             with DataFile(file) as data:
                 for piece in unit.pieces:
@@ -111,8 +111,8 @@ class ToMegatron:
                     count(piece.num_bytes)
         except OSError as error:
             raise ConversionError(
-                f"{file} cannot be written: {error.strerror}; what is done is kept: make room or mend it, and "
-                "repeat the command"
+                f"{file} cannot be written: {error.strerror}; what is done is kept: mend it and repeat the "
+                "command"
             ) from error
         return {
             "num_bytes": unit.num_bytes,
@@ -127,6 +127,8 @@ class ToMegatron:
         folder = workspace.content / RELEASE
         (folder / HF_FOLDER).mkdir(exist_ok=True)
         copy_config_files(self.folder.path, folder / HF_FOLDER)
+        dtypes = [self.source.dtype(name) for name in self.mapping.hf_shapes]
+        update_config(folder / HF_FOLDER, max(set(dtypes), key=dtypes.count))
         manifest = Manifest(
             source=self.folder.path.name,
             options=self._describe_options(),
@@ -196,8 +198,8 @@ class ToMegatron:
                 dtype = self.source.dtype(tensor.name)
                 if dtypes.setdefault(key, dtype) != dtype:
                     raise ModelError(
-                        f"{self.folder.path}: tensor {tensor.name!r} is {dtype}, others of Megatron's {key!r} are "
-                        f"{dtypes[key]}; choose one with --dtype"
+                        f"{self.folder.path}: tensor {tensor.name!r} is {dtype}, others of Megatron's "
+                        f"{key!r} are {dtypes[key]}; choose one with --dtype"
                     )
         return dtypes
 
@@ -212,7 +214,7 @@ class ToMegatron:
     def _read(self, piece: Piece) -> tuple[torch.Tensor, list[tuple[str, int, int, str]]]:
         """The piece, and the hashes of the HF rows it consists of."""
         tensor_map = self.mapping[piece.name]
-        hashes = []
+        hashes: list[tuple[str, int, int, str]] = []
 
         def read(name: str, row: int, num_rows: int) -> torch.Tensor:
             rows = self.source.read_rows(name, row, num_rows)

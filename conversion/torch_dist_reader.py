@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -79,6 +79,7 @@ class TorchDistReader:
             else:
                 assert isinstance(entry, BytesStorageMetadata)
                 self.objects.append(key)
+        self._index = _ChunkIndex(self.tensors)
         self._storage = metadata.storage_data
         self._check_files()
         # One blob is cut into several reads in a row.
@@ -90,14 +91,13 @@ class TorchDistReader:
         Raises:
             CheckpointError: its bytes are damaged or do not cover it.
         """
-        stored = self.tensors[key]
-        parts = [(chunk, _intersection(chunk, offset, shape)) for chunk in stored.chunks]
-        parts = [(chunk, part) for chunk, part in parts if part is not None]
-        if len(parts) == 1 and parts[0][0].shape == tuple(shape):
-            return self._load(parts[0][0])
-        result = torch.empty(tuple(shape), dtype=stored.dtype)
+        chunks = self.chunks_in(key, offset, shape)
+        if len(chunks) == 1 and chunks[0].shape == tuple(shape):
+            return self._load(chunks[0])
+        result = torch.empty(tuple(shape), dtype=self.tensors[key].dtype)
         covered = 0
-        for chunk, part in parts:
+        for chunk in chunks:
+            part = _intersection(chunk, offset, shape)
             assert part is not None
             source = tuple(slice(a - o, b - o) for (a, b), o in zip(part, chunk.offset, strict=True))
             target = tuple(slice(a - o, b - o) for (a, b), o in zip(part, offset, strict=True))
@@ -110,6 +110,14 @@ class TorchDistReader:
                 "are stored"
             )
         return result
+
+    def chunks_in(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> list[Chunk]:
+        """The chunks that a rectangle of a tensor touches."""
+        return [
+            chunk
+            for chunk in self._index.candidates(key, offset, shape)
+            if _intersection(chunk, offset, shape) is not None
+        ]
 
     def read_object(self, key: str) -> Any:
         """What is stored under the key of an object; only plain types are allowed in it."""
@@ -124,7 +132,7 @@ class TorchDistReader:
         try:
             with file.open("rb", buffering=0) as stream:
                 view = _View(stream, chunk.position, chunk.num_bytes)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
+                tensor = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
         except _READ_ERRORS as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from error
         expected = f"{list(chunk.shape)} {self.tensors[chunk.key].dtype}"
@@ -193,6 +201,30 @@ def _chunks_by_key(metadata: Metadata) -> dict[str, list[Chunk]]:
                 f"tensor {key!r}: {len(chunks.get(key, ()))} of {len(entry.chunks)} chunks are stored"
             )
     return chunks
+
+
+class _ChunkIndex:
+    """Finds chunks by layer and expert: a stacked tensor has tens of thousands."""
+
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
+        self._num_leading: dict[str, int] = {}
+        self._by_prefix: dict[tuple[str, tuple[int, ...]], list[Chunk]] = {}
+        for key, tensor in tensors.items():
+            count = len(tensor.shape) - 1
+            while count > 0 and any(size != 1 for chunk in tensor.chunks for size in chunk.shape[:count]):
+                count -= 1
+            count = max(count, 0)
+            self._num_leading[key] = count
+            for chunk in tensor.chunks:
+                self._by_prefix.setdefault((key, chunk.offset[:count]), []).append(chunk)
+
+    def candidates(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> Sequence[Chunk]:
+        """All chunks that a rectangle may touch, and perhaps others."""
+        count = self._num_leading[key]
+        if any(size != 1 for size in shape[:count]):
+            return self._tensors[key].chunks
+        return self._by_prefix.get((key, tuple(offset[:count])), [])
 
 
 def _candidates(entry: TensorStorageMetadata, index: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 The format is torch's distributed checkpoint: `.distcp` files hold one torch.save after the other, and
 `.metadata`, a pickle, says where each rectangle of each tensor is. Megatron adds `metadata.json` and, before
-0.19, `common.pt`; later versions still read both. Tested against the loaders of megatron-core 0.16.1 and 0.19.2.
+0.19, `common.pt`; later versions still read both. Tested with the loaders of megatron-core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ class DataFile:
             raise
         self._position += size
         return size
+
+    def flush(self) -> None:
+        """Called by torch.save; nothing is buffered here."""
 
     def sha256(self) -> str:
         """Of everything written so far, as hexadecimal digits."""

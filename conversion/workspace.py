@@ -113,7 +113,7 @@ class Workspace:
                     f"{self.folder} holds an unfinished conversion of other input or with other options: "
                     "repeat that command to finish it, or discard it with --restart"
                 )
-            found = []
+            found.clear()
         if not found or self._restart:
             shutil.rmtree(self.content)
             self.content.mkdir()

@@ -77,6 +77,10 @@ class HfConfig:
             raise ModelError(f"{self.source}: {key!r} is {value!r}, expected a list of integers")
         return value
 
+    def value(self, key: str) -> object:
+        """Whatever JSON value `key` has; None when absent."""
+        return self._values.get(key)
+
     def section(self, key: str) -> "HfConfig":
         """The JSON object at `key`."""
         value = self._values.get(key)
@@ -162,7 +166,7 @@ def _scan(path: Path) -> _Scan:
     problems: list[str] = []
     config = empty
     try:
-        config = HfConfig(_read_json_object(path / "config.json"), empty.source)
+        config = read_hf_config(path)
     except ModelError as error:
         problems.append(str(error))
     try:
@@ -183,6 +187,12 @@ def _scan(path: Path) -> _Scan:
         )
         tensors.update(found)
     return problems, config, tensors
+
+
+def read_hf_config(path: Path) -> HfConfig:
+    """config.json of a folder; ModelError if it is missing or no JSON object."""
+    file = path / "config.json"
+    return HfConfig(_read_json_object(file), str(file))
 
 
 def _listed_shards(path: Path) -> dict[str, list[str]]:
