@@ -9,6 +9,7 @@ import os
 
 import torch
 
+from conversion.manifest import find_manifest
 from megatron_drpo.errors import ModelError
 from megatron_drpo.fp8 import HF_SCALE_SUFFIX, check_quantization_config, dequantize_blockwise
 from megatron_drpo.hf_io import HfFolder
@@ -34,6 +35,7 @@ class HfSource:
             check_quantization_config(folder.config.value("quantization_config"), folder.config.source)
         self.folder = folder
         self._dtype = dtype
+        self._manifest = find_manifest(folder.path)
         self._buffer = bytearray()
         self._descriptors: dict[str, int] = {}
         scales = {name for name in folder if name.endswith(HF_SCALE_SUFFIX)}
@@ -63,20 +65,27 @@ class HfSource:
         Without a cast the values lie in a buffer that the next call overwrites.
 
         Raises:
-            ModelError: the file ends early, or cannot be read.
+            ModelError: the file ends early, cannot be read, or does not hold what these tools wrote there.
         """
         info = self.folder.info(name)
         row_bytes = torch.Size(info.shape[1:]).numel() * info.dtype.itemsize
         raw = self._pread(info.shard, info.offset + row * row_bytes, num_rows * row_bytes)
         # A tensor of its own on this memory: torch.save writes the whole storage of a view.
         values = torch.frombuffer(raw, dtype=info.dtype).view(num_rows, *info.shape[1:])
+        self._check_hash(name, row, values)
         if info.dtype is torch.float8_e4m3fn:
             scale = self.folder.get(name + HF_SCALE_SUFFIX)
+            self._check_hash(name + HF_SCALE_SUFFIX, 0, scale)
             try:
                 return dequantize_blockwise(values, scale, self.dtype(name), first_row=row)
             except ModelError as error:
                 raise ModelError(f"{self.folder.path / info.shard}: tensor {name!r}: {error}") from error
         return values.to(self.dtype(name))
+
+    def _check_hash(self, name: str, row: int, values: torch.Tensor) -> None:
+        problem = None if self._manifest is None else self._manifest.problem(name, row, values)
+        if problem is not None:
+            raise ModelError(f"{self.folder.path / self.folder.info(name).shard}: damaged: {problem}")
 
     def _pread(self, shard: str, offset: int, num_bytes: int) -> memoryview:
         if len(self._buffer) < num_bytes:

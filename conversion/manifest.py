@@ -35,6 +35,17 @@ class Manifest:
     algorithm: str = "xxh3_128"
     format_version: int = _FORMAT_VERSION
 
+    def problem(self, name: str, row: int, rows: torch.Tensor) -> str | None:
+        """What is wrong with rows [row, row + len(rows)) of a tensor; None if their hashes are right.
+
+        Rows of which only a part was hashed together are not compared.
+        """
+        for first, count, digest in self.hashes.get(name, ()):
+            start = first - row
+            if start >= 0 and start + count <= len(rows) and hash_rows(rows[start : start + count]) != digest:
+                return f"tensor {name!r}, rows {first} to {first + count - 1}: their hash is not the one in {MANIFEST_FILE}"
+        return None
+
     def add(self, name: str, row: int, num_rows: int, digest: str) -> None:
         self.hashes.setdefault(name, []).append((row, num_rows, digest))
 
@@ -43,6 +54,15 @@ class Manifest:
         values = asdict(self)
         values["hashes"] = {name: sorted(self.hashes[name]) for name in sorted(self.hashes)}
         (folder / MANIFEST_FILE).write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """conversion.json of a folder; None if it has none.
+
+    Raises:
+        CheckpointError: it is not readable.
+    """
+    return read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -12,7 +12,7 @@ import torch
 
 from conversion.hf_target import HfTarget
 from conversion.layout import KeyLayout, Place, place_of
-from conversion.manifest import Manifest, hash_rows
+from conversion.manifest import Manifest, find_manifest, hash_rows
 from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from conversion.torch_dist_reader import TorchDistReader
 from conversion.workspace import Workspace
@@ -62,6 +62,7 @@ class ToHf:
             ConversionError: there is no config.
         """
         self.reader = TorchDistReader(source)
+        self._manifest = find_manifest(self.reader.path)
         self.options = options
         self.config_folder = config_folder or self.reader.path / HF_FOLDER
         if not (self.config_folder / "config.json").is_file():
@@ -243,11 +244,15 @@ class ToHf:
         shape = (piece.stop - piece.start, *tensor_map.shape[1:])
         matrix = self.reader.read(place.key, *_rectangle(place, piece.start, shape)).view(shape)
         if tensor_map.num_groups > 1:
-            for name, values in tensor_map.to_hf(matrix).items():
-                yield name, 0, values
-            return
-        (run,) = hf_runs(tensor_map, piece)
-        yield run.name, run.row, matrix
+            parts = [(name, 0, values) for name, values in tensor_map.to_hf(matrix).items()]
+        else:
+            (run,) = hf_runs(tensor_map, piece)
+            parts = [(run.name, run.row, matrix)]
+        for part in parts:
+            problem = None if self._manifest is None else self._manifest.problem(*part)
+            if problem is not None:
+                raise CheckpointError(f"{self.reader.path}: damaged: {problem}")
+            yield part
 
     def _stored(self, name: str, row: int, values: torch.Tensor) -> Iterator[tuple[str, int, torch.Tensor]]:
         """What is written for these rows: cast, or FP8 values and their scales."""

@@ -29,8 +29,8 @@ from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError
 from megatron_drpo.lifetime import die_with_parent
 
-Work = Callable[[Unit, Callable[[int], None]], dict[str, Any]]
-"""Does one unit and returns its record; calls the second argument with the bytes of every piece done."""
+Work = Callable[[Any, Callable[[int], None]], Any]
+"""Does one job and returns what the parent needs; calls the second argument with bytes as they are done."""
 
 _POLL_S = 0.2
 
@@ -45,34 +45,57 @@ class _Worker:
 def run_units(
     units: Sequence[Unit], work: Work, workspace: Workspace, *, num_workers: int, title: str
 ) -> None:
-    """Do all units that are not in the workspace's journal yet.
-
-    Workers are forked: they share what this process has imported, and start at once. Should this process be
-    killed, they end with it.
+    """Do all units of a plan that are not in the workspace's journal yet.
 
     Raises:
         ConversionError: a worker was killed. Any error of `work` is raised as it is. Either way the journal
             holds what was finished.
     """
     todo = [unit for unit in units if unit.index not in workspace.done]
-    context = multiprocessing.get_context("fork")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        max(1, min(num_workers, len(todo))), context, _start_worker, (work, counter, os.getpid())
-    )
-    futures: dict[Future[dict[str, Any]], Unit] = {}
+    before = workspace.num_bytes_done
+    total = sum(unit.num_bytes for unit in units)
     try:
-        futures = {pool.submit(_do, unit): unit for unit in todo}
-        total = sum(unit.num_bytes for unit in units)
-        with _progress(title, total, workspace.num_bytes_done) as show:
-            for unit, record in _as_completed(futures, lambda: show(counter.value)):
+        with _progress(title, total, before) as show:
+            for unit, record in run_jobs(todo, work, num_workers=num_workers, show=show):
                 workspace.record(unit.index, record)
-            show(counter.value)
     except BrokenProcessPool:
         raise ConversionError(
             "a worker process was killed (out of memory?): "
             f"{len(workspace.done)} of {len(units)} units are done; the same command goes on from there"
         ) from None
+
+
+def check_jobs(jobs: Sequence[Any], work: Work, *, total: int, num_workers: int, title: str) -> list[str]:
+    """Do jobs that return the problems they find; all problems, in no order.
+
+    Args:
+        total: bytes of all jobs.
+    """
+    problems: list[str] = []
+    with _progress(title, total, 0) as show:
+        for _, found in run_jobs(jobs, work, num_workers=num_workers, show=show):
+            problems += found
+    return problems
+
+
+def run_jobs(
+    jobs: Sequence[Any], work: Work, *, num_workers: int, show: Callable[[int], None]
+) -> Iterator[tuple[Any, Any]]:
+    """Do jobs in worker processes; yields each with its result as they come.
+
+    Workers are forked: they share what this process has imported, and start at once. Should this process be
+    killed, they end with it. After an error, jobs that are running still come, then it is raised.
+
+    Args:
+        show: called now and then with the bytes done.
+    """
+    context = multiprocessing.get_context("fork")
+    counter = context.Value("q", 0)
+    num_workers = max(1, min(num_workers, len(jobs)))
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (work, counter, os.getpid()))
+    try:
+        futures = {pool.submit(_do, job): job for job in jobs}
+        yield from _as_completed(futures, lambda: show(counter.value))
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():
             process.kill()
@@ -81,10 +104,7 @@ def run_units(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _as_completed(
-    futures: dict[Future[dict[str, Any]], Unit], tick: Callable[[], None]
-) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    """Finished units as they come. After an error those that are running still come, then it is raised."""
+def _as_completed(futures: dict[Future[Any], Any], tick: Callable[[], None]) -> Iterator[tuple[Any, Any]]:
     waiting = set(futures)
     failure: BaseException | None = None
     while waiting:
@@ -109,8 +129,8 @@ def _start_worker(work: Work, counter: Any, parent_pid: int) -> None:
     _Worker.counter = counter
 
 
-def _do(unit: Unit) -> dict[str, Any]:
-    return _Worker.work(unit, _count)
+def _do(job: Any) -> Any:
+    return _Worker.work(job, _count)
 
 
 def _count(num_bytes: int) -> None:
