@@ -70,7 +70,7 @@ def check_tensors(
                     expected = source.read_rows(name, row, len(rows)).to(rows.dtype)
                     if hash_rows(expected) != hash_rows(rows):
                         problems.append(
-                            f"{checkpoint.reader.path}: tensor {name!r}, rows {row} to {row + len(rows) - 1}: "
+                            f"{checkpoint.reader.path}: tensor {name!r}, rows from {row} on: "
                             f"differs from {source.folder.path}"
                         )
             count(piece.num_bytes)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from conversion.command import DTYPES, add_run_arguments, build_parser, positive, print_plan, run_command
-from conversion.layout import KeyLayout
 from conversion.plan import Unit
 from conversion.to_megatron import RELEASE, ToMegatron, ToMegatronOptions
 from conversion.torch_dist_writer import data_file_name
 from conversion.workers import run_units
 from conversion.workspace import Workspace
+from megatron_drpo.models.places import KeyLayout
 
 
 def convert(

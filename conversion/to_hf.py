@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from conversion.hf_target import HfTarget
-from conversion.layout import KeyLayout, Place, place_of
 from conversion.manifest import Manifest, find_manifest, hash_rows
 from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from conversion.torch_dist_reader import TorchDistReader
@@ -26,13 +24,9 @@ from megatron_drpo.fp8 import (
 )
 from megatron_drpo.hf_io import copy_config_files, read_hf_config, update_config, write_index
 from megatron_drpo.models.mapping import TensorMap
+from megatron_drpo.models.places import Place, Places, check_places, find_layout, is_training_state
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.torch_dist import HF_FOLDER
-
-_NOT_WEIGHTS = re.compile(
-    r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler"
-)
-"""Keys of a training checkpoint that no HF folder has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +68,10 @@ class ToHf:
         family = get_family(config)
         self.arch = family.architecture(config)
         self.mapping = family.mapping(self.arch)
-        self.layout = self._find_layout()
-        self.skipped = self._check_keys()
+        self._places = Places(self.mapping, find_layout(self.reader.tensors))
+        shapes = {key: tensor.shape for key, tensor in self.reader.tensors.items()}
+        check_places(self._places, shapes, f"{self.reader.path} (with {self.config_folder / 'config.json'})")
+        self.skipped = [key for key in shapes if is_training_state(key)]
         """Keys that are no weights."""
         self.target = HfTarget(dict(self._target_tensors()), options.max_shard_bytes)
         self.units = group_into_units(self._pieces())
@@ -90,7 +86,7 @@ class ToHf:
         files = sorted(set(self.target.weight_map.values()))
         lines = [
             ("weights", f"{self.target.total_bytes / 1e9:.2f} GB in {len(files)} files"),
-            ("layout", str(self.layout)),
+            ("layout", str(self._places.layout)),
             ("dtype", self._describe_options()["dtype"]),
             ("config", str(self.config_folder)),
         ]
@@ -162,44 +158,8 @@ class ToHf:
         name = "as stored" if dtype is None else str(dtype).removeprefix("torch.")
         return {"dtype": name + (", fp8 blockwise" if self.options.fp8_blockwise else "")}
 
-    def _find_layout(self) -> KeyLayout:
-        has_layers = any(re.match(r"decoder\.layers\.\d", key) for key in self.reader.tensors)
-        return KeyLayout.per_layer if has_layers else KeyLayout.stacked
-
-    def _place(self, tensor_map: TensorMap) -> Place:
-        return place_of(tensor_map.name, self.arch, self.layout)
-
-    def _check_keys(self) -> list[str]:
-        """The checkpoint holds exactly this model's weights; returns keys of optimizer state beside them."""
-        problems: list[str] = []
-        wanted: set[str] = set()
-        for tensor_map in self.mapping:
-            place = self._place(tensor_map)
-            if place.key in wanted:
-                continue
-            wanted.add(place.key)
-            stored = self.reader.tensors.get(place.key)
-            expected = (*place.leading_shape, *tensor_map.shape)
-            if stored is None:
-                problems.append(f"tensor {place.key!r} is missing")
-            elif not _fits(stored.shape, expected, len(place.leading_shape), tensor_map.padded):
-                problems.append(
-                    f"tensor {place.key!r}: expected shape {list(expected)} from config.json, found "
-                    f"{list(stored.shape)}"
-                )
-        others = [key for key in self.reader.tensors if key not in wanted]
-        skipped = [key for key in others if _NOT_WEIGHTS.match(key)]
-        problems += [f"unexpected tensor {key!r}" for key in others if not _NOT_WEIGHTS.match(key)]
-        if problems:
-            shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            raise CheckpointError(
-                f"{self.reader.path}: weights and {self.config_folder / 'config.json'} disagree: "
-                + "; ".join(shown)
-            )
-        return skipped
-
     def _dtype(self, tensor_map: TensorMap) -> torch.dtype:
-        return self.options.dtype or self.reader.tensors[self._place(tensor_map).key].dtype
+        return self.options.dtype or self.reader.tensors[self._places[tensor_map.name].key].dtype
 
     def _quantized(self) -> set[str]:
         if not self.options.fp8_blockwise:
@@ -232,7 +192,7 @@ class ToHf:
 
     def _cuts(self, tensor_map: TensorMap) -> Callable[[int], bool]:
         """Cutting a stored chunk would mean to read it twice."""
-        place = self._place(tensor_map)
+        place = self._places[tensor_map.name]
         row_axis = len(place.leading_shape)
         inside: list[tuple[int, int]] = []
         for chunk in self.reader.chunks_in(place.key, *_rectangle(place, 0, tensor_map.shape)):
@@ -243,7 +203,7 @@ class ToHf:
     def read_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
         """HF tensor, first row and values."""
         tensor_map = self.mapping[piece.name]
-        place = self._place(tensor_map)
+        place = self._places[tensor_map.name]
         shape = (piece.stop - piece.start, *tensor_map.shape[1:])
         matrix = self.reader.read(place.key, *_rectangle(place, piece.start, shape)).view(shape)
         if tensor_map.num_groups > 1:
@@ -270,11 +230,3 @@ def _rectangle(place: Place, row: int, shape: tuple[int, ...]) -> tuple[tuple[in
     """Offset and shape, within the stored tensor, of rows of a matrix."""
     offset = (*place.leading_offset, row, *(0 for _ in shape[1:]))
     return offset, (*(1 for _ in place.leading_shape), *shape)
-
-
-def _fits(found: tuple[int, ...], expected: tuple[int, ...], num_leading: int, padded: bool) -> bool:
-    if not padded or len(found) != len(expected):
-        return found == expected
-    trimmed = list(found)
-    trimmed[num_leading] = min(found[num_leading], expected[num_leading])
-    return tuple(trimmed) == expected

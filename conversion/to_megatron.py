@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from conversion.extra_state import extra_state_keys
 from conversion.hf_source import HfSource
-from conversion.layout import KeyLayout, default_layout, extra_state_keys, place_of
 from conversion.manifest import Manifest, hash_rows
 from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from conversion.torch_dist_reader import Chunk
@@ -35,7 +35,9 @@ from conversion.torch_dist_writer import (
 from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError, ModelError
 from megatron_drpo.hf_io import HfFolder, copy_config_files, update_config
+from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.mapping import TensorMap
+from megatron_drpo.models.places import KeyLayout, Places
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.torch_dist import HF_FOLDER, TRACKER_FILE
 
@@ -70,11 +72,12 @@ class ToMegatron:
         self.mapping = family.mapping(self.arch)
         self.source = HfSource(self.folder, self.mapping, options.dtype)
         self.options = options
-        self.layout = options.layout or default_layout(self.arch)
-        if self.layout is KeyLayout.stacked and default_layout(self.arch) is KeyLayout.per_layer:
+        layout = options.layout or default_layout(self.arch)
+        if layout is KeyLayout.stacked and default_layout(self.arch) is KeyLayout.per_layer:
             raise ConversionError(
                 f"{source}: dense and MoE layers are mixed: they cannot be stacked; use --layout per-layer"
             )
+        self.places = Places(self.mapping, layout)
         self._dtypes = self._dtype_of_keys()
         self.units = group_into_units(self._pieces())
         check_coverage(self.units, self.mapping, self.num_rows)
@@ -106,7 +109,7 @@ class ToMegatron:
                 for piece in unit.pieces:
                     tensor, of_rows = self._read(piece)
                     hashes += of_rows
-                    place = place_of(piece.name, self.arch, self.layout)
+                    place = self.places[piece.name]
                     data.add(with_leading_ones(tensor, place.leading_shape))
                     count(piece.num_bytes)
         except OSError as error:
@@ -141,11 +144,11 @@ class ToMegatron:
                 manifest.add(*entry)
         manifest.write(folder)
         # What Megatron-LM looks for, and how the model's keys were made.
-        content_metadata = {"non_homogeneous_layers": self.layout is KeyLayout.per_layer}
+        content_metadata = {"non_homogeneous_layers": self.places.layout is KeyLayout.per_layer}
         write_common_state(
             folder, {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content_metadata}
         )
-        write_metadata(folder, self._stored_chunks(workspace), extra_state_keys(self.arch, self.layout))
+        write_metadata(folder, self._stored_chunks(workspace), extra_state_keys(self.arch, self.places))
         known = {data_file_name(unit.index): workspace.done[unit.index]["sha256"] for unit in self.units}
         write_integrity(folder, known)
         (workspace.content / TRACKER_FILE).write_text(RELEASE, "utf-8")
@@ -154,7 +157,7 @@ class ToMegatron:
         """Lines of the printed plan."""
         lines = [
             ("weights", f"{self.num_bytes / 1e9:.2f} GB in {len(self.units)} files"),
-            ("layout", f"{self.layout}, {self._describe_options()['dtype']}"),
+            ("layout", f"{self.places.layout}, {self._describe_options()['dtype']}"),
             ("vocabulary", f"padded to a multiple of {self.options.vocab_multiple}"),
         ]
         if self.source.ignored:
@@ -184,7 +187,7 @@ class ToMegatron:
     def _describe_options(self) -> dict[str, Any]:
         dtype = self.options.dtype
         return {
-            "layout": str(self.layout),
+            "layout": str(self.places.layout),
             "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
             "vocab_multiple": self.options.vocab_multiple,
         }
@@ -193,7 +196,7 @@ class ToMegatron:
         """One per Megatron key: a tensor cannot have several."""
         dtypes: dict[str, torch.dtype] = {}
         for tensor_map in self.mapping:
-            key = place_of(tensor_map.name, self.arch, self.layout).key
+            key = self.places[tensor_map.name].key
             for tensor in tensor_map.hf:
                 dtype = self.source.dtype(tensor.name)
                 if dtypes.setdefault(key, dtype) != dtype:
@@ -204,7 +207,7 @@ class ToMegatron:
         return dtypes
 
     def _row_bytes(self, tensor_map: TensorMap) -> int:
-        key = place_of(tensor_map.name, self.arch, self.layout).key
+        key = self.places[tensor_map.name].key
         return torch.Size(tensor_map.shape[1:]).numel() * self._dtypes[key].itemsize
 
     def _pieces(self) -> Iterator[Piece]:
@@ -227,7 +230,7 @@ class ToMegatron:
             # A copy: the source reuses its buffer.
             return tensor_map.to_megatron(lambda name: read(name, 0, sizes[name]).clone()), hashes
         if not runs:
-            key = place_of(piece.name, self.arch, self.layout).key
+            key = self.places[piece.name].key
             return torch.zeros(
                 piece.stop - piece.start, *tensor_map.shape[1:], dtype=self._dtypes[key]
             ), hashes
@@ -239,7 +242,7 @@ class ToMegatron:
             places = workspace.done[unit.index]["places"]
             for piece, (position, num_bytes) in zip(unit.pieces, places, strict=True):
                 tensor_map = self.mapping[piece.name]
-                place = place_of(piece.name, self.arch, self.layout)
+                place = self.places[piece.name]
                 columns = tensor_map.shape[1:]
                 shape = (*place.leading_shape, self.num_rows(tensor_map), *columns)
                 yield (
@@ -253,3 +256,9 @@ class ToMegatron:
                         num_bytes,
                     ),
                 )
+
+
+def default_layout(arch: ArchitectureConfig) -> KeyLayout:
+    """What Megatron uses for this model by itself: stacked, unless dense and MoE layers are mixed."""
+    is_mixed = arch.moe is not None and not all(arch.moe.is_moe_layer)
+    return KeyLayout.per_layer if is_mixed else KeyLayout.stacked

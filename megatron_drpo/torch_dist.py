@@ -26,12 +26,12 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
 """In a converted checkpoint: config.json and tokenizer of the model."""
 
-_DCP_CLASSES = "torch.distributed.checkpoint.metadata"
+_DCP_CLASSES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
 _ALLOWED_NAMES = {
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
-    (_DCP_CLASSES, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
     ("builtins", "set"),
@@ -94,7 +94,7 @@ def read_metadata(file: Path) -> Metadata:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_public_class = module == _DCP_CLASSES and name[0].isupper()
+        is_public_class = module in _DCP_CLASSES and name[0].isupper()
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_public_class or is_dtype or (module, name) in _ALLOWED_NAMES:
             return super().find_class(module, name)

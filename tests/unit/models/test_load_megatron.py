@@ -217,5 +217,5 @@ def test_layouts_and_misfits(
         f"found [8, 64, 64]; tensor '{experts}2.weight': expected shape [8, 64, 48], found [8, 64, 32]; "
     )
     assert lacking == f"{tmp_path / 'lacking'} {refusal}tensor 'decoder.layers.{router}' is missing"
-    assert garbled_message.startswith(f"{garbled / '.metadata'} cannot be read: ")
+    assert garbled_message.startswith(f"{garbled / '.metadata'}: damaged: ")
     assert damaged_message.startswith(f"{damaged} cannot be read: ")
