@@ -38,6 +38,10 @@ class CheckpointError(DrpoError, RuntimeError):
     """A run checkpoint that cannot be written, or belongs to another model or run."""
 
 
+class ConversionError(DrpoError, RuntimeError):
+    """A checkpoint conversion that cannot start or go on; says what is done and how to go on."""
+
+
 class RewardError(DrpoError, RuntimeError):
     """A reward function that raised, hung or returned something that is not a finite number."""
 

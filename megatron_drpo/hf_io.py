@@ -1,16 +1,13 @@
 """Hugging Face model folders: config.json, tokenizer and safetensors, read lazily and written in a stream.
 
-No Megatron and no transformers here. The safetensors format (8 bytes of header length, a JSON header, the
-data): https://github.com/huggingface/safetensors#format. The index of a sharded folder:
+No Megatron and no transformers here. The index of a sharded folder:
 https://huggingface.co/docs/transformers/big_models#sharded-checkpoints.
 """
 
 import json
 import shutil
-import struct
 from collections import Counter
 from collections.abc import Iterator, KeysView, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_drpo.errors import ModelError
+from megatron_drpo.safetensors_header import TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,21 +35,6 @@ COPIED_FILES = (
     "chat_template*",
 )
 """What `HfWriter` takes over from its source folder, as glob patterns."""
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 T = TypeVar("T", bool, int, float, str)
 
@@ -94,21 +77,16 @@ class HfConfig:
             raise ModelError(f"{self.source}: {key!r} is {value!r}, expected a list of integers")
         return value
 
+    def value(self, key: str) -> object:
+        """Whatever JSON value `key` has; None when absent."""
+        return self._values.get(key)
+
     def section(self, key: str) -> "HfConfig":
         """The JSON object at `key`."""
         value = self._values.get(key)
         if not isinstance(value, dict):
             raise ModelError(f"{self.source}: {key!r} is {value!r}, expected an object")
         return HfConfig(value, f"{self.source}: {key}")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies and what it is."""
-
-    shard: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class HfFolder:
@@ -188,7 +166,7 @@ def _scan(path: Path) -> _Scan:
     problems: list[str] = []
     config = empty
     try:
-        config = HfConfig(_read_json_object(path / "config.json"), empty.source)
+        config = read_hf_config(path)
     except ModelError as error:
         problems.append(str(error))
     try:
@@ -198,7 +176,7 @@ def _scan(path: Path) -> _Scan:
     tensors: dict[str, TensorInfo] = {}
     for shard, names in listed.items():
         try:
-            found = _read_header(path / shard)
+            found = read_header(path / shard)
         except ModelError as error:
             problems.append(str(error))
             continue
@@ -209,6 +187,12 @@ def _scan(path: Path) -> _Scan:
         )
         tensors.update(found)
     return problems, config, tensors
+
+
+def read_hf_config(path: Path) -> HfConfig:
+    """config.json of a folder; ModelError if it is missing or no JSON object."""
+    file = path / "config.json"
+    return HfConfig(_read_json_object(file), str(file))
 
 
 def _listed_shards(path: Path) -> dict[str, list[str]]:
@@ -236,36 +220,6 @@ def _read_json_object(file: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ModelError(f"{file}: expected a JSON object")
     return values
-
-
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, after checking that all their bytes are there."""
-    if not file.is_file():
-        raise ModelError(f"{file}: shard is missing")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + header_size > size:
-            raise ModelError(
-                f"{file}: truncated, or not a safetensors file: {size} bytes do not hold the header"
-            )
-        try:
-            header = json.loads(stream.read(header_size))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ModelError(f"{file}: not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != expected:
-        word = "truncated" if size < expected else "damaged"
-        raise ModelError(f"{file}: {word}: {size} bytes, the header announces {expected}")
-    unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
-    if unknown:
-        raise ModelError(f"{file}: unsupported dtypes {unknown}")
-    return {
-        name: TensorInfo(file.name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-        for name, entry in header.items()
-    }
 
 
 # -------------------------------------------------------------------------------------------- writing
@@ -315,9 +269,7 @@ class HfWriter:
             raise ModelError(f"{self.path}: exists already; remove it or choose another folder")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        for pattern in COPIED_FILES:
-            for file in self._source.glob(pattern):
-                shutil.copyfile(file, self._folder / file.name)
+        copy_config_files(self._source, self._folder)
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -338,8 +290,8 @@ class HfWriter:
             if error is None:
                 self._write_shard()
                 self._name_shards()
-                self._set_config_dtype()
-                self._publish()
+                update_config(self._folder, self._dtype_bytes.most_common(1)[0][0])
+                replace_folder(self._folder, self.path)
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -356,32 +308,56 @@ class HfWriter:
     def _name_shards(self) -> None:
         """Final file names hold the number of shards, which is known only now."""
         count = len(self._shards)
-        if count == 1:
-            self._shard_path(1).rename(self._folder / SINGLE_FILE)
-            return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            file = shard_file(number, count)
             self._shard_path(number).rename(self._folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+        write_index(self._folder, weight_map, self._total_bytes)
 
-    def _set_config_dtype(self) -> None:
-        file = self._folder / "config.json"
-        values = json.loads(file.read_text("utf-8"))
-        key = "torch_dtype" if "torch_dtype" in values else "dtype"  # before and since transformers 5
-        dtype = str(self._dtype_bytes.most_common(1)[0][0]).removeprefix("torch.")
-        if values.get(key, dtype) != dtype:
-            values[key] = dtype
-            file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
-    def _publish(self) -> None:
-        if not self.path.exists():
-            self._folder.rename(self.path)
-            return
-        replaced = self.path.with_name(f".{self.path.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        self.path.rename(replaced)
-        self._folder.rename(self.path)
-        shutil.rmtree(replaced)
+def copy_config_files(source: Path, target: Path) -> None:
+    """Copy configuration and tokenizer from one HF folder to another (`COPIED_FILES`)."""
+    for pattern in COPIED_FILES:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+
+
+def shard_file(number: int, count: int) -> str:
+    """Name of the weights file `number` (from 1) of `count`."""
+    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """The index of a sharded folder; a single file needs none."""
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def update_config(
+    folder: Path, dtype: torch.dtype, quantization_config: Mapping[str, object] | None = None
+) -> None:
+    """Have a folder's config.json say what its weights are now: their dtype, and how they are quantised."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text("utf-8"))
+    new = {key: value for key, value in values.items() if key != "quantization_config"}
+    key = "torch_dtype" if "torch_dtype" in values else "dtype"  # before and since transformers 5
+    if key in new:
+        new[key] = str(dtype).removeprefix("torch.")
+    if quantization_config is not None:
+        new["quantization_config"] = dict(quantization_config)
+    if new != values:
+        file.write_text(json.dumps(new, indent=2) + "\n", "utf-8")
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give a finished folder its final name; one that had it before goes only then."""
+    if not path.exists():
+        new.rename(path)
+        return
+    replaced = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    path.rename(replaced)
+    new.rename(path)
+    shutil.rmtree(replaced)

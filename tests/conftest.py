@@ -164,9 +164,21 @@ _SHAPE = {
     "initializer_range": 0.2,
 }
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "dense": ("qwen3", {}),
     "dense_tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "llama": ("llama", {"rope_parameters": _LLAMA3_ROPE, "max_position_embeddings": 16384}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "moe": ("qwen3_moe", {"norm_topk_prob": False}),
     "moe_perturbed": ("qwen3_moe", {"norm_topk_prob": False, "initializer_range": 0.15}),
     "moe_renormalised": ("qwen3_moe", {"norm_topk_prob": True}),
@@ -197,7 +209,7 @@ def _save_model(name: str, path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms: ones would hide a swap
+            if parameter.dim() == 1:  # norms of ones and biases of zeros would hide a swap
                 parameter.uniform_(0.5, 1.5)
     dtype = torch.bfloat16 if name == "moe_bf16" else torch.float32
     model.to(dtype).save_pretrained(path)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.nn.functional import silu
 
-from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models.mapping import ParameterMapping
 
@@ -41,7 +40,11 @@ class ArchitectureConfig:
     norm_eps: float
     qk_norm: bool
     """RMSNorm over each query and key head."""
+    qkv_bias: bool = False
+    """A bias on queries, keys and values; nothing else has one."""
     rope_theta: float
+    rope_scaling_factor: float | None = None
+    """Of Llama 3.1, whose low rotary frequencies are divided by it; None: no scaling."""
     max_position_embeddings: int
     vocab_size: int
     """Without padding."""
@@ -54,7 +57,7 @@ class ArchitectureConfig:
     def transformer_config_fields(self) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, in its spelling.
 
-        GPTModel takes the rest: vocabulary, positions, rotary base, tied embeddings.
+        GPTModel takes the rest: vocabulary, positions, rotary base and scaling, tied embeddings.
         """
         fields: dict[str, Any] = {
             "num_layers": self.num_layers,
@@ -67,7 +70,7 @@ class ArchitectureConfig:
             "layernorm_epsilon": self.norm_eps,
             "qk_layernorm": self.qk_norm,
             "add_bias_linear": False,
-            "add_qkv_bias": False,
+            "add_qkv_bias": self.qkv_bias,
             "gated_linear_unit": True,
             "activation_func": silu,
         }
@@ -92,28 +95,3 @@ class ModelFamily:
     architecture: Callable[[HfConfig], ArchitectureConfig]
     """config.json -> architecture; ModelError for a setting that is not supported."""
     mapping: Callable[[ArchitectureConfig], ParameterMapping]
-
-
-def read_rope_theta(config: HfConfig) -> float:
-    """Base of the rotary embedding; ModelError when positions are scaled.
-
-    transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`.
-    """
-    if config.has("rope_scaling"):
-        raise ModelError(f"{config.source}: 'rope_scaling' is not supported")
-    if not config.has("rope_parameters"):
-        return config.get("rope_theta", float)
-    rope = config.section("rope_parameters")
-    if rope.get("rope_type", str, "default") != "default":
-        raise ModelError(f"{rope.source}: only rope_type 'default' is supported")
-    return rope.get("rope_theta", float)
-
-
-def refuse_unsupported(config: HfConfig, unsupported: tuple[str, ...]) -> None:
-    """Raise ModelError for the first of these flags that is set."""
-    for key in unsupported:
-        if config.get(key, bool, False):
-            raise ModelError(f"{config.source}: {key!r} = true is not supported")
-    activation = config.get("hidden_act", str)
-    if activation != "silu":
-        raise ModelError(f"{config.source}: 'hidden_act' is {activation!r}, only 'silu' is supported")

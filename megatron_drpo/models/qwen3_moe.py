@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfConfig
-from megatron_drpo.models import qwen3
+from megatron_drpo.models import decoder, qwen3
 from megatron_drpo.models.base import ArchitectureConfig, ModelFamily, MoeConfig
 from megatron_drpo.models.mapping import MegatronName, ParameterMapping, TensorMap, direct, gate_up
 
@@ -42,16 +42,11 @@ def architecture(config: HfConfig) -> ArchitectureConfig:
 
 def mapping(arch: ArchitectureConfig) -> ParameterMapping:
     """The parameter mapping of a Qwen3-MoE."""
-    ignored = (*qwen3.IGNORED, "lm_head.weight") if arch.tie_word_embeddings else qwen3.IGNORED
-    return ParameterMapping(_tensor_maps(arch), ignored)
 
+    def mlp(arch: ArchitectureConfig, layer: int) -> Iterator[TensorMap]:
+        return moe_mlp(arch, layer) if arch.is_moe_layer(layer) else decoder.dense_mlp(arch, layer)
 
-def _tensor_maps(arch: ArchitectureConfig) -> Iterator[TensorMap]:
-    yield qwen3.embedding(arch)
-    for layer in range(arch.num_layers):
-        yield from qwen3.attention(arch, layer)
-        yield from moe_mlp(arch, layer) if arch.is_moe_layer(layer) else qwen3.dense_mlp(arch, layer)
-    yield from qwen3.head(arch)
+    return decoder.mapping(arch, mlp)
 
 
 def moe_mlp(arch: ArchitectureConfig, layer: int) -> Iterator[TensorMap]:

@@ -2,10 +2,12 @@
 
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfConfig
-from megatron_drpo.models import qwen3, qwen3_moe
+from megatron_drpo.models import llama, qwen2, qwen3, qwen3_moe
 from megatron_drpo.models.base import ModelFamily
 
-FAMILIES = {family.model_type: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+FAMILIES = {
+    family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)
+}
 
 
 def get_family(config: HfConfig) -> ModelFamily:

@@ -179,6 +179,8 @@ def build_model_chunks(
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=cast(int, architecture.rope_theta),  # annotated int upstream, used as a float
+            rope_scaling=architecture.rope_scaling_factor is not None,
+            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(device))

@@ -45,9 +45,12 @@ CONTEXT = {"context_parallel_size": 2}
 LAYOUTS: dict[str, tuple[str, dict[str, Any], Recompute]] = {
     "TP2": ("dense_tied", {"tensor_parallel_size": 2}, Recompute.none),
     "TP2+SP": ("dense", TENSOR, Recompute.full),
+    "TP2, bias": ("qwen2", {"tensor_parallel_size": 2}, Recompute.none),
+    "TP2+SP, bias": ("qwen2", TENSOR, Recompute.selective),
     "TP2+SP, ETP2": ("moe_mixed", {**TENSOR, "expert_tensor_parallel_size": 2}, Recompute.none),
     "TP2+SP, EP2": ("moe", {**TENSOR, "expert_parallel_size": 2}, Recompute.selective),
     "PP2": ("dense_tied", PIPELINE, Recompute.none),
+    "PP2, bias": ("qwen2", PIPELINE, Recompute.full),
     "PP2 MoE": ("moe_mixed", PIPELINE, Recompute.full),
     "PP2, VPP2": ("moe", {**PIPELINE, "virtual_pipeline_parallel_size": 2}, Recompute.none),
     "EP2": ("moe_mixed", {"data_parallel_size": 2, "expert_parallel_size": 2}, Recompute.none),
@@ -157,7 +160,7 @@ def test_several_ranks_give_the_result_of_one(
         torch.testing.assert_close(merged[id_], values, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.parametrize("model", ["dense", "qwen2", "moe"])
 def test_the_comparison_sees_every_gradient(
     single_rank: Callable[..., dict[str, Any]],
     hf_model: Callable[[str], Path],

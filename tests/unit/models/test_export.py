@@ -45,6 +45,10 @@ PP2_VPP2_EP2 = ParallelConfig(
 TWO_RANKS = [
     ("dense", TP2),
     ("dense_tied", PP2_VPP2),
+    ("qwen2", TP2),
+    ("qwen2_tied", PP2_VPP2),
+    ("llama", TP2),
+    ("llama_tied", PP2),
     ("moe", DP2),
     ("moe", TP2),
     ("moe_bf16", EP2),

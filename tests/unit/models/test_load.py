@@ -22,7 +22,18 @@ from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.platform import build_platform
 
-MODELS = ["dense", "dense_tied", "moe", "moe_renormalised", "moe_mixed", "moe_sparse_step_tied"]
+MODELS = [
+    "dense",
+    "dense_tied",
+    "qwen2",
+    "qwen2_tied",
+    "llama",
+    "llama_tied",
+    "moe",
+    "moe_renormalised",
+    "moe_mixed",
+    "moe_sparse_step_tied",
+]
 LENGTHS = [5, 17, 9]
 
 

@@ -93,7 +93,18 @@ def test_vocabulary_padding_is_zero_and_trimmed(vocab: int, padding: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "model", ["dense", "dense_tied", "moe", "moe_bf16", "moe_mixed", "moe_sparse_step_tied"]
+    "model",
+    [
+        "dense",
+        "dense_tied",
+        "qwen2",
+        "qwen2_tied",
+        "llama",
+        "moe",
+        "moe_bf16",
+        "moe_mixed",
+        "moe_sparse_step_tied",
+    ],
 )
 def test_every_tensor_of_a_model_round_trips_bit_equal(model: str, hf_model: Callable[[str], Path]) -> None:
     folder = HfFolder(hf_model(model))

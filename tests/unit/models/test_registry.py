@@ -6,16 +6,18 @@ import pytest
 
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfConfig
-from megatron_drpo.models import qwen3, qwen3_moe
+from megatron_drpo.models import llama, qwen2, qwen3, qwen3_moe
 from megatron_drpo.models.registry import get_family
 
 
 def test_the_model_type_chooses() -> None:
-    assert get_family(HfConfig({"model_type": "qwen3"}, "f")) is qwen3.FAMILY
-    assert get_family(HfConfig({"model_type": "qwen3_moe"}, "f")) is qwen3_moe.FAMILY
+    for name, family in {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe}.items():
+        assert get_family(HfConfig({"model_type": name}, "f")) is family.FAMILY
 
 
 def test_an_unknown_family_lists_the_known_ones() -> None:
     with pytest.raises(ModelError) as error:
         get_family(HfConfig({"model_type": "gpt2"}, "m/config.json"))
-    assert str(error.value) == "m/config.json: model_type 'gpt2' is not supported; known: qwen3, qwen3_moe"
+    assert str(error.value) == (
+        "m/config.json: model_type 'gpt2' is not supported; known: llama, qwen2, qwen3, qwen3_moe"
+    )

@@ -16,6 +16,7 @@ from megatron_drpo.config import Config, Dtype, ParallelConfig, Recompute
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load import load_hf_weights
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.packing import pack
@@ -33,17 +34,31 @@ from megatron_drpo.policy.model import (
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.types import TrainSequence
 
-MODELS = ["dense", "dense_tied", "moe", "moe_renormalised", "moe_mixed", "moe_sparse_step_tied"]
+MODELS = [
+    "dense",
+    "dense_tied",
+    "qwen2",
+    "qwen2_tied",
+    "llama",
+    "llama_tied",
+    "moe",
+    "moe_renormalised",
+    "moe_mixed",
+    "moe_sparse_step_tied",
+]
 LENGTHS = [5, 17, 1 + 1, 9, 31]
 
 L, H, E, F = 4, 64, 8, 32  # layers, hidden size, experts, width of an expert
 Shapes = dict[str, tuple[int, ...]]
-ATTENTION_SHAPES: Shapes = {
+LLAMA_ATTENTION_SHAPES: Shapes = {
     "self_attention.linear_qkv.layer_norm_weight": (H,),
     "self_attention.linear_qkv.weight": ((4 + 2 * 2) * 16, H),
+    "self_attention.linear_proj.weight": (H, 4 * 16),
+}
+QKV_BIAS_SHAPE: Shapes = {"self_attention.linear_qkv.bias": ((4 + 2 * 2) * 16,)}
+ATTENTION_SHAPES: Shapes = LLAMA_ATTENTION_SHAPES | {
     "self_attention.q_layernorm.weight": (16,),
     "self_attention.k_layernorm.weight": (16,),
-    "self_attention.linear_proj.weight": (H, 4 * 16),
 }
 DENSE_SHAPES: Shapes = {
     "mlp.linear_fc1.layer_norm_weight": (H,),
@@ -121,11 +136,49 @@ def test_logits_of_packed_sequences(
     torch.testing.assert_close(logits[:, :101], expected, rtol=0, atol=1e-4)
 
 
+def gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@pytest.mark.parametrize("name", ["dense_tied", "qwen2", "llama"])
+def test_gradients_are_those_of_transformers(
+    build_model: Callable[..., PolicyModel],
+    hf_model: Callable[[str], Path],
+    make_sequences: Callable[..., list[TrainSequence]],
+    name: str,
+) -> None:
+    """Of every parameter, biases among them, for a random weighting of the logits."""
+    (sequence,) = make_sequences([23])
+    weighting = torch.randn(len(sequence.token_ids), 101, generator=torch.Generator().manual_seed(2))
+    micro_batch = pack([sequence], [sequence.advantages], pad_to_multiple=1)
+    model = build_model(name)
+    logits = run_model(micro_batch, model)[:, 0] @ model.output_weight().T
+    (logits[:, :101] * weighting).sum().backward()
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf_model(name))
+    (reference(sequence.token_ids[None]).logits[0] * weighting).sum().backward()
+    folder = HfFolder(hf_model(name))
+    family = get_family(folder.config)
+    exporter = HfExporter([model], family.mapping(family.architecture(folder.config)))
+    found = dict(exporter.tensors(gradient))
+    assert found.keys() == {key for key, _ in reference.named_parameters()}
+    for key, parameter in reference.named_parameters():
+        expected = gradient(parameter)
+        assert expected.norm() > 1e-2
+        assert (found[key] - expected).norm() < 1e-5 * expected.norm(), key
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("dense", EMBEDDING_SHAPES | OUTPUT_SHAPE | stacked(ATTENTION_SHAPES | DENSE_SHAPES)),
         ("dense_tied", EMBEDDING_SHAPES | stacked(ATTENTION_SHAPES | DENSE_SHAPES)),
+        ("llama_tied", EMBEDDING_SHAPES | stacked(LLAMA_ATTENTION_SHAPES | DENSE_SHAPES)),
+        (
+            "qwen2_tied",
+            EMBEDDING_SHAPES | stacked(LLAMA_ATTENTION_SHAPES | QKV_BIAS_SHAPE | DENSE_SHAPES),
+        ),
         ("moe", EMBEDDING_SHAPES | OUTPUT_SHAPE | stacked(ATTENTION_SHAPES | EXPERT_SHAPES)),
         (
             "moe_mixed",
@@ -150,6 +203,20 @@ def test_checkpoint_keys_are_those_of_transformer_engines_layers(
             if isinstance(part, ShardedTensor):
                 shapes[part.key] = tuple(part.global_shape)
     assert shapes == expected
+
+
+def test_rotary_frequencies_are_scaled_as_in_llama_3(
+    build_model: Callable[..., PolicyModel], hf_model: Callable[[str], Path]
+) -> None:
+    """Short sequences would not show it: only low frequencies are scaled."""
+    reference = transformers.LlamaForCausalLM.from_pretrained(hf_model("llama"))
+    expected = reference.model.rotary_emb.inv_freq
+    assert isinstance(expected, torch.Tensor)
+    divisors = 500_000.0 ** (-torch.arange(0, 16, 2) / 16) / expected
+    assert divisors[:4].tolist() == pytest.approx([1.0] * 4)
+    assert 1.5 < divisors[4].item() < 30.0
+    assert divisors[5:].tolist() == pytest.approx([32.0] * 3)
+    torch.testing.assert_close(build_model("llama").rotary_pos_emb.inv_freq, expected, rtol=1e-6, atol=0)
 
 
 def test_tied_embeddings_share_one_parameter(build_model: Callable[..., PolicyModel]) -> None:

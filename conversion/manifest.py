@@ -1,0 +1,94 @@
+"""conversion.json: what a conversion wrote, with a hash for every tensor.
+
+Hashes are of rows of HF tensors as they are in the output, whichever format that has: a conversion there and
+back without a cast ends with the hashes it began with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from conversion.hf_target import as_bytes
+from megatron_drpo.errors import CheckpointError
+
+MANIFEST_FILE = "conversion.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """Of one converted folder."""
+
+    source: str
+    """Name of the folder that was converted."""
+    options: dict[str, Any]
+    dtypes: dict[str, str]
+    """HF tensor -> dtype in the output."""
+    hashes: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
+    """HF tensor -> (first row, rows, XXH3-128 of their bytes), in order of the rows."""
+    algorithm: str = "xxh3_128"
+    format_version: int = _FORMAT_VERSION
+
+    def problem(self, name: str, row: int, rows: torch.Tensor) -> str | None:
+        """What is wrong with rows [row, row + len(rows)) of a tensor; None if their hashes are right.
+
+        Rows of which only a part was hashed together are not compared.
+        """
+        for first, count, digest in self.hashes.get(name, ()):
+            start = first - row
+            if start >= 0 and start + count <= len(rows) and hash_rows(rows[start : start + count]) != digest:
+                rows_text = f"rows {first} to {first + count - 1}"
+                return f"tensor {name!r}, {rows_text}: their hash is not the one in {MANIFEST_FILE}"
+        return None
+
+    def add(self, name: str, row: int, num_rows: int, digest: str) -> None:
+        self.hashes.setdefault(name, []).append((row, num_rows, digest))
+
+    def write(self, folder: Path) -> None:
+        """The rows of every tensor sorted, so that the order of the work does not show."""
+        values = asdict(self)
+        values["hashes"] = {name: sorted(self.hashes[name]) for name in sorted(self.hashes)}
+        (folder / MANIFEST_FILE).write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """conversion.json of a folder; None if it has none.
+
+    Raises:
+        CheckpointError: it is not readable.
+    """
+    return read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """conversion.json of a converted folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not readable.
+    """
+    file = folder / MANIFEST_FILE
+    try:
+        values = json.loads(file.read_text("utf-8"))
+        manifest = Manifest(**values)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file}: missing: only what these tools converted has hashes to compare with"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+    if manifest.format_version != _FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format version {manifest.format_version}, this program reads {_FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def hash_rows(rows: torch.Tensor) -> str:
+    """XXH3-128 of a tensor's bytes, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128(as_bytes(rows)).hexdigest()

@@ -1,0 +1,100 @@
+"""Convert a Megatron torch_dist checkpoint into a Hugging Face folder: no GPU, little memory, resumable.
+
+    python -m conversion.megatron_to_hf checkpoints/qwen3-30b models/qwen3-30b
+    python -m conversion.megatron_to_hf runs/math models/math --hf models/Qwen3-30B-A3B
+    python -m conversion.megatron_to_hf runs/math models/math-fp8 --hf models/Qwen3-30B-A3B --fp8-blockwise
+
+SOURCE is a checkpoint of any parallel layout: one that hf_to_megatron made, Megatron-LM's, or a run folder of
+the trainer. Optimizer state is left out. Whatever interrupts it, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conversion.command import DTYPES, add_run_arguments, build_parser, positive, print_plan, run_command
+from conversion.plan import Unit
+from conversion.to_hf import ToHf, ToHfOptions
+from conversion.workers import run_units
+from conversion.workspace import Workspace
+
+
+def convert(
+    source: Path,
+    target: Path,
+    options: ToHfOptions,
+    *,
+    config_folder: Path | None = None,
+    num_workers: int = 2,
+    overwrite: bool = False,
+    restart: bool = False,
+) -> None:
+    """Convert one checkpoint, or go on with it.
+
+    Raises:
+        DrpoError: says what is wrong, where, and how to go on.
+    """
+    conversion = ToHf(source, config_folder, options)
+    num_bytes = conversion.target.total_bytes
+    with Workspace(
+        target, conversion.description(), num_bytes, overwrite=overwrite, restart=restart
+    ) as workspace:
+        conversion.target.create(workspace.content)
+
+        def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
+            return conversion.work(unit, workspace.content, count)
+
+        run_units(conversion.units, work, workspace, num_workers=num_workers, title=f"{source} -> {target}")
+        conversion.finish(workspace)
+        workspace.publish()
+
+
+def main() -> int:
+    parser = build_parser(__doc__)
+    parser.add_argument("source", type=Path, help="torch_dist checkpoint, or a folder of them")
+    parser.add_argument("target", type=Path, help="Hugging Face folder to create")
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        metavar="FOLDER",
+        help="its config.json and tokenizer; default: of the model that SOURCE was converted from",
+    )
+    parser.add_argument(
+        "--fp8-blockwise",
+        action="store_true",
+        help="e4m3 weights with a scale per 128 x 128 block, as SGLang reads them",
+    )
+    parser.add_argument(
+        "--max-shard-gb", type=positive, default=5, help="size of a weights file; default: %(default)s"
+    )
+    add_run_arguments(parser)
+    arguments = parser.parse_args()
+    options = ToHfOptions(
+        dtype=DTYPES.get(arguments.dtype),
+        fp8_blockwise=arguments.fp8_blockwise,
+        max_shard_bytes=arguments.max_shard_gb * 10**9,
+    )
+
+    def action() -> None:
+        if arguments.dry_run:
+            conversion = ToHf(arguments.source, arguments.hf, options)
+            print_plan(conversion, arguments.source, arguments.target)
+            return
+        convert(
+            arguments.source,
+            arguments.target,
+            options,
+            config_folder=arguments.hf,
+            num_workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            restart=arguments.restart,
+        )
+
+    return run_command(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

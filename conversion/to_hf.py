@@ -1,0 +1,280 @@
+"""torch_dist checkpoint -> HF folder, piece by piece. Optimizer state is left out, padding trimmed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.hf_target import HfTarget
+from conversion.layout import KeyLayout, Place, place_of
+from conversion.manifest import Manifest, find_manifest, hash_rows
+from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
+from conversion.torch_dist_reader import TorchDistReader
+from conversion.workspace import Workspace
+from megatron_drpo.errors import CheckpointError, ConversionError
+from megatron_drpo.fp8 import (
+    BLOCK,
+    HF_SCALE_SUFFIX,
+    is_quantized,
+    quantization_config,
+    quantize_blockwise,
+)
+from megatron_drpo.hf_io import copy_config_files, read_hf_config, update_config, write_index
+from megatron_drpo.models.mapping import TensorMap
+from megatron_drpo.models.registry import get_family
+from megatron_drpo.torch_dist import HF_FOLDER
+
+_NOT_WEIGHTS = re.compile(
+    r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler"
+)
+"""Keys of a training checkpoint that no HF folder has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToHfOptions:
+    """What shapes the output."""
+
+    dtype: torch.dtype | None = None
+    """None: every tensor keeps its own."""
+    fp8_blockwise: bool = False
+    """Quantise what an FP8 checkpoint quantises; the rest is as `dtype` says."""
+    max_shard_bytes: int = 5 * 10**9
+
+
+class ToHf:
+    """The whole conversion; made once, then used by every worker."""
+
+    def __init__(self, source: Path, config_folder: Path | None, options: ToHfOptions) -> None:
+        """
+        Args:
+            source: whatever `find_checkpoint` takes.
+            config_folder: HF folder with config.json and tokenizer (weights are not needed); None: the one
+                that the checkpoint was converted from, if it was.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged, or does not fit the config.
+            ModelError: the config is not supported.
+            ConversionError: there is no config.
+        """
+        self.reader = TorchDistReader(source)
+        self._manifest = find_manifest(self.reader.path)
+        self.options = options
+        self.config_folder = config_folder or self.reader.path / HF_FOLDER
+        if not (self.config_folder / "config.json").is_file():
+            raise ConversionError(
+                f"{self.config_folder}: no config.json there: give the Hugging Face folder of the model, its "
+                "config and tokenizer, with --hf"
+            )
+        config = read_hf_config(self.config_folder)
+        family = get_family(config)
+        self.arch = family.architecture(config)
+        self.mapping = family.mapping(self.arch)
+        self.layout = self._find_layout()
+        self.skipped = self._check_keys()
+        """Keys that are no weights."""
+        self.target = HfTarget(dict(self._target_tensors()), options.max_shard_bytes)
+        self.units = group_into_units(self._pieces())
+        check_coverage(self.units, self.mapping, lambda tensor_map: tensor_map.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(unit.num_bytes for unit in self.units)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Lines of the printed plan."""
+        files = sorted(set(self.target.weight_map.values()))
+        lines = [
+            ("weights", f"{self.target.total_bytes / 1e9:.2f} GB in {len(files)} files"),
+            ("layout", str(self.layout)),
+            ("dtype", self._describe_options()["dtype"]),
+            ("config", str(self.config_folder)),
+        ]
+        if self.skipped:
+            num_bytes = sum(
+                torch.Size(self.reader.tensors[key].shape).numel() * self.reader.tensors[key].dtype.itemsize
+                for key in self.skipped
+            )
+            lines.append(
+                ("left out", f"{len(self.skipped)} tensors of optimizer state, {num_bytes / 1e9:.2f} GB")
+            )
+        return lines
+
+    def description(self) -> dict[str, Any]:
+        """What makes two conversions the same: the input's files and the options."""
+        files = {file.name: file.stat() for file in sorted(self.reader.path.iterdir()) if file.is_file()}
+        config = (self.config_folder / "config.json").read_text("utf-8")
+        return {
+            "to": "hf",
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+            "config": config,
+            "options": self._describe_options() | {"max_shard_bytes": self.options.max_shard_bytes},
+        }
+
+    def work(self, unit: Unit, folder: Path, count: Callable[[int], None]) -> dict[str, Any]:
+        """Write one unit; returns its record for the journal."""
+        hashes: list[tuple[str, int, int, str]] = []
+        try:
+            for piece in unit.pieces:
+                for name, row, values in self.read_rows(piece):
+                    problem = None if self._manifest is None else self._manifest.problem(name, row, values)
+                    if problem is not None:
+                        raise CheckpointError(f"{self.reader.path}: damaged: {problem}")
+                    for stored_name, stored_row, stored in self._stored(name, row, values):
+                        self.target.write_rows(folder, stored_name, stored_row, stored)
+                        hashes.append((stored_name, stored_row, len(stored), hash_rows(stored)))
+                count(piece.num_bytes)
+            self.target.flush()
+        except OSError as error:
+            raise ConversionError(
+                f"{folder} cannot be written: {error.strerror}; what is done is kept: mend it and repeat the "
+                "command"
+            ) from error
+        return {"num_bytes": unit.num_bytes, "hashes": hashes}
+
+    def finish(self, workspace: Workspace) -> None:
+        """All that is not weights, once every unit is done."""
+        folder = workspace.content
+        copy_config_files(self.config_folder, folder)
+        dtypes = [self._dtype(tensor_map) for tensor_map in self.mapping for _ in tensor_map.hf]
+        update_config(
+            folder,
+            max(set(dtypes), key=dtypes.count),
+            quantization_config(self.mapping.hf_shapes) if self.options.fp8_blockwise else None,
+        )
+        write_index(folder, self.target.weight_map, self.target.total_bytes)
+        manifest = Manifest(
+            source=self.reader.path.name,
+            options=self._describe_options(),
+            dtypes={name: str(dtype).removeprefix("torch.") for name, (_, dtype) in self._target_tensors()},
+        )
+        for unit in self.units:
+            for entry in workspace.done[unit.index]["hashes"]:
+                manifest.add(*entry)
+        manifest.write(folder)
+
+    def _describe_options(self) -> dict[str, Any]:
+        dtype = self.options.dtype
+        name = "as stored" if dtype is None else str(dtype).removeprefix("torch.")
+        return {"dtype": name + (", fp8 blockwise" if self.options.fp8_blockwise else "")}
+
+    def _find_layout(self) -> KeyLayout:
+        has_layers = any(re.match(r"decoder\.layers\.\d", key) for key in self.reader.tensors)
+        return KeyLayout.per_layer if has_layers else KeyLayout.stacked
+
+    def _place(self, tensor_map: TensorMap) -> Place:
+        return place_of(tensor_map.name, self.arch, self.layout)
+
+    def _check_keys(self) -> list[str]:
+        """The checkpoint holds exactly this model's weights; returns keys of optimizer state beside them."""
+        problems: list[str] = []
+        wanted: set[str] = set()
+        for tensor_map in self.mapping:
+            place = self._place(tensor_map)
+            if place.key in wanted:
+                continue
+            wanted.add(place.key)
+            stored = self.reader.tensors.get(place.key)
+            expected = (*place.leading_shape, *tensor_map.shape)
+            if stored is None:
+                problems.append(f"tensor {place.key!r} is missing")
+            elif not _fits(stored.shape, expected, len(place.leading_shape), tensor_map.padded):
+                problems.append(
+                    f"tensor {place.key!r}: expected shape {list(expected)} from config.json, found "
+                    f"{list(stored.shape)}"
+                )
+        others = [key for key in self.reader.tensors if key not in wanted]
+        skipped = [key for key in others if _NOT_WEIGHTS.match(key)]
+        problems += [f"unexpected tensor {key!r}" for key in others if not _NOT_WEIGHTS.match(key)]
+        if problems:
+            shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            raise CheckpointError(
+                f"{self.reader.path}: weights and {self.config_folder / 'config.json'} disagree: "
+                + "; ".join(shown)
+            )
+        return skipped
+
+    def _dtype(self, tensor_map: TensorMap) -> torch.dtype:
+        return self.options.dtype or self.reader.tensors[self._place(tensor_map).key].dtype
+
+    def _quantized(self) -> set[str]:
+        if not self.options.fp8_blockwise:
+            return set()
+        return {name for name, shape in self.mapping.hf_shapes.items() if is_quantized(name, shape)}
+
+    def _target_tensors(self) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
+        quantized = self._quantized()
+        for tensor_map in self.mapping:
+            for name, shape in tensor_map.hf:
+                if name in quantized:
+                    yield name, (shape, torch.float8_e4m3fn)
+                    blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+                    yield name + HF_SCALE_SUFFIX, (blocks, torch.float32)
+                else:
+                    yield name, (shape, self._dtype(tensor_map))
+
+    def _pieces(self) -> Iterator[Piece]:
+        quantized = self._quantized()
+        for tensor_map in self.mapping:
+            is_fp8 = any(tensor.name in quantized for tensor in tensor_map.hf)
+            itemsize = 1 if is_fp8 else self._dtype(tensor_map).itemsize
+            yield from cut(
+                tensor_map,
+                tensor_map.shape[0],
+                torch.Size(tensor_map.shape[1:]).numel() * itemsize,
+                may_cut=self._cuts(tensor_map),
+                hf_multiple=BLOCK if is_fp8 else 1,
+            )
+
+    def _cuts(self, tensor_map: TensorMap) -> Callable[[int], bool]:
+        """Cutting a stored chunk would mean to read it twice."""
+        place = self._place(tensor_map)
+        row_axis = len(place.leading_shape)
+        inside: list[tuple[int, int]] = []
+        for chunk in self.reader.chunks_in(place.key, *_rectangle(place, 0, tensor_map.shape)):
+            start = chunk.offset[row_axis]
+            inside.append((start, start + chunk.shape[row_axis]))
+        return lambda row: not any(start < row < stop for start, stop in inside)
+
+    def read_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """HF tensor, first row and values."""
+        tensor_map = self.mapping[piece.name]
+        place = self._place(tensor_map)
+        shape = (piece.stop - piece.start, *tensor_map.shape[1:])
+        matrix = self.reader.read(place.key, *_rectangle(place, piece.start, shape)).view(shape)
+        if tensor_map.num_groups > 1:
+            parts = [(name, 0, values) for name, values in tensor_map.to_hf(matrix).items()]
+        else:
+            (run,) = hf_runs(tensor_map, piece)
+            parts = [(run.name, run.row, matrix)]
+        yield from parts
+
+    def _stored(self, name: str, row: int, values: torch.Tensor) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What is written for these rows: cast, or FP8 values and their scales."""
+        if self.options.fp8_blockwise and is_quantized(name, self.mapping.hf_shapes[name]):
+            try:
+                quantized, scales = quantize_blockwise(values)
+            except ValueError as error:
+                raise ConversionError(f"tensor {name!r} cannot be quantised: {error}") from error
+            yield name, row, quantized
+            yield name + HF_SCALE_SUFFIX, row // BLOCK, scales
+            return
+        yield name, row, values if self.options.dtype is None else values.to(self.options.dtype)
+
+
+def _rectangle(place: Place, row: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and shape, within the stored tensor, of rows of a matrix."""
+    offset = (*place.leading_offset, row, *(0 for _ in shape[1:]))
+    return offset, (*(1 for _ in place.leading_shape), *shape)
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int, ...], num_leading: int, padded: bool) -> bool:
+    if not padded or len(found) != len(expected):
+        return found == expected
+    trimmed = list(found)
+    trimmed[num_leading] = min(found[num_leading], expected[num_leading])
+    return tuple(trimmed) == expected

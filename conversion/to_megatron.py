@@ -1,0 +1,255 @@
+"""HF folder -> torch_dist checkpoint, piece by piece.
+
+TARGET/
+    latest_checkpointed_iteration.txt   `release`, for Megatron-LM
+    release/
+        __0_0.distcp ...                tensors, a file per unit
+        .metadata metadata.json common.pt integrity.json
+        conversion.json                 hashes of every tensor
+        hf/                             config.json and tokenizer, for the way back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.hf_source import HfSource
+from conversion.layout import KeyLayout, default_layout, extra_state_keys, place_of
+from conversion.manifest import Manifest, hash_rows
+from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
+from conversion.torch_dist_reader import Chunk
+from conversion.torch_dist_writer import (
+    DataFile,
+    GlobalTensor,
+    data_file_name,
+    with_leading_ones,
+    write_common_state,
+    write_integrity,
+    write_metadata,
+)
+from conversion.workspace import Workspace
+from megatron_drpo.errors import ConversionError, ModelError
+from megatron_drpo.hf_io import HfFolder, copy_config_files, update_config
+from megatron_drpo.models.mapping import TensorMap
+from megatron_drpo.models.registry import get_family
+from megatron_drpo.torch_dist import HF_FOLDER, TRACKER_FILE
+
+RELEASE = "release"
+"""Megatron-LM's name for weights that belong to no iteration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToMegatronOptions:
+    """What shapes the output."""
+
+    layout: KeyLayout | None = None
+    """None: as Megatron itself would have it for this model."""
+    dtype: torch.dtype | None = None
+    """None: every tensor keeps its own; FP8 becomes bfloat16."""
+    vocab_multiple: int = 128
+    """The vocabulary is padded with zero rows to a multiple of it."""
+
+
+class ToMegatron:
+    """The whole conversion; made once, then used by every worker."""
+
+    def __init__(self, source: Path, options: ToMegatronOptions) -> None:
+        """
+        Raises:
+            ModelError: the folder or its family is not supported, damaged, or does not fit its config.
+            ConversionError: the layout cannot hold this model.
+        """
+        self.folder = HfFolder(source)
+        family = get_family(self.folder.config)
+        self.arch = family.architecture(self.folder.config)
+        self.mapping = family.mapping(self.arch)
+        self.source = HfSource(self.folder, self.mapping, options.dtype)
+        self.options = options
+        self.layout = options.layout or default_layout(self.arch)
+        if self.layout is KeyLayout.stacked and default_layout(self.arch) is KeyLayout.per_layer:
+            raise ConversionError(
+                f"{source}: dense and MoE layers are mixed: they cannot be stacked; use --layout per-layer"
+            )
+        self._dtypes = self._dtype_of_keys()
+        self.units = group_into_units(self._pieces())
+        check_coverage(self.units, self.mapping, self.num_rows)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(unit.num_bytes for unit in self.units)
+
+    def num_rows(self, tensor_map: TensorMap) -> int:
+        """Of a Megatron matrix, padding included."""
+        multiple = self.options.vocab_multiple if tensor_map.padded else 1
+        return -(-tensor_map.shape[0] // multiple) * multiple
+
+    def description(self) -> dict[str, Any]:
+        """What makes two conversions the same: the input's files and the options."""
+        shards = sorted({self.folder.info(name).shard for name in self.folder})
+        files = {name: (self.folder.path / name).stat() for name in ("config.json", *shards)}
+        return {
+            "to": "torch_dist",
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+            "options": self._describe_options(),
+        }
+
+    def work(self, unit: Unit, file: Path, count: Callable[[int], None]) -> dict[str, Any]:
+        """Write one unit; returns its record for the journal."""
+        hashes: list[tuple[str, int, int, str]] = []
+        try:
+            with DataFile(file) as data:
+                for piece in unit.pieces:
+                    tensor, of_rows = self._read(piece)
+                    hashes += of_rows
+                    place = place_of(piece.name, self.arch, self.layout)
+                    data.add(with_leading_ones(tensor, place.leading_shape))
+                    count(piece.num_bytes)
+        except OSError as error:
+            raise ConversionError(
+                f"{file} cannot be written: {error.strerror}; what is done is kept: mend it and repeat the "
+                "command"
+            ) from error
+        return {
+            "num_bytes": unit.num_bytes,
+            "file_bytes": data.num_bytes,
+            "sha256": data.sha256(),
+            "places": data.places,
+            "hashes": hashes,
+        }
+
+    def finish(self, workspace: Workspace) -> None:
+        """All that is not tensors, once every unit is done."""
+        folder = workspace.content / RELEASE
+        (folder / HF_FOLDER).mkdir(exist_ok=True)
+        copy_config_files(self.folder.path, folder / HF_FOLDER)
+        dtypes = [self.source.dtype(name) for name in self.mapping.hf_shapes]
+        update_config(folder / HF_FOLDER, max(set(dtypes), key=dtypes.count))
+        manifest = Manifest(
+            source=self.folder.path.name,
+            options=self._describe_options(),
+            dtypes={
+                name: str(self.source.dtype(name)).removeprefix("torch.") for name in self.mapping.hf_shapes
+            },
+        )
+        for unit in self.units:
+            for entry in workspace.done[unit.index]["hashes"]:
+                manifest.add(*entry)
+        manifest.write(folder)
+        # What Megatron-LM looks for, and how the model's keys were made.
+        content_metadata = {"non_homogeneous_layers": self.layout is KeyLayout.per_layer}
+        write_common_state(
+            folder, {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content_metadata}
+        )
+        write_metadata(folder, self._stored_chunks(workspace), extra_state_keys(self.arch, self.layout))
+        known = {data_file_name(unit.index): workspace.done[unit.index]["sha256"] for unit in self.units}
+        write_integrity(folder, known)
+        (workspace.content / TRACKER_FILE).write_text(RELEASE, "utf-8")
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Lines of the printed plan."""
+        lines = [
+            ("weights", f"{self.num_bytes / 1e9:.2f} GB in {len(self.units)} files"),
+            ("layout", f"{self.layout}, {self._describe_options()['dtype']}"),
+            ("vocabulary", f"padded to a multiple of {self.options.vocab_multiple}"),
+        ]
+        if self.source.ignored:
+            lines.append(("not needed", ", ".join(self.source.ignored[:4])))
+        return lines
+
+    def check_tied_copy(self) -> None:
+        """A tied model's folder may hold the output matrix as well: it is left out, if it is the embedding.
+
+        Raises:
+            ModelError: it is another matrix, so the config is wrong.
+        """
+        copy = "lm_head.weight"
+        if copy not in self.source.ignored:
+            return
+        tensor_map = next(iter(self.mapping))
+        original = tensor_map.hf[0].name
+        if self.folder.info(copy).shape != tensor_map.hf[0].shape or not all(
+            hash_rows(self.source.read_rows(copy, piece.start, piece.stop - piece.start))
+            == hash_rows(self.source.read_rows(original, piece.start, piece.stop - piece.start))
+            for piece in cut(tensor_map, tensor_map.shape[0], self._row_bytes(tensor_map))
+        ):
+            raise ModelError(
+                f"{self.folder.path}: config.json says tie_word_embeddings, but {copy!r} is not {original!r}"
+            )
+
+    def _describe_options(self) -> dict[str, Any]:
+        dtype = self.options.dtype
+        return {
+            "layout": str(self.layout),
+            "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
+            "vocab_multiple": self.options.vocab_multiple,
+        }
+
+    def _dtype_of_keys(self) -> dict[str, torch.dtype]:
+        """One per Megatron key: a tensor cannot have several."""
+        dtypes: dict[str, torch.dtype] = {}
+        for tensor_map in self.mapping:
+            key = place_of(tensor_map.name, self.arch, self.layout).key
+            for tensor in tensor_map.hf:
+                dtype = self.source.dtype(tensor.name)
+                if dtypes.setdefault(key, dtype) != dtype:
+                    raise ModelError(
+                        f"{self.folder.path}: tensor {tensor.name!r} is {dtype}, others of Megatron's "
+                        f"{key!r} are {dtypes[key]}; choose one with --dtype"
+                    )
+        return dtypes
+
+    def _row_bytes(self, tensor_map: TensorMap) -> int:
+        key = place_of(tensor_map.name, self.arch, self.layout).key
+        return torch.Size(tensor_map.shape[1:]).numel() * self._dtypes[key].itemsize
+
+    def _pieces(self) -> Iterator[Piece]:
+        for tensor_map in self.mapping:
+            yield from cut(tensor_map, self.num_rows(tensor_map), self._row_bytes(tensor_map))
+
+    def _read(self, piece: Piece) -> tuple[torch.Tensor, list[tuple[str, int, int, str]]]:
+        """The piece, and the hashes of the HF rows it consists of."""
+        tensor_map = self.mapping[piece.name]
+        hashes: list[tuple[str, int, int, str]] = []
+
+        def read(name: str, row: int, num_rows: int) -> torch.Tensor:
+            rows = self.source.read_rows(name, row, num_rows)
+            hashes.append((name, row, num_rows, hash_rows(rows)))
+            return rows
+
+        runs = hf_runs(tensor_map, piece)
+        if tensor_map.num_groups > 1:
+            sizes = {run.name: run.num_rows for run in runs}
+            # A copy: the source reuses its buffer.
+            return tensor_map.to_megatron(lambda name: read(name, 0, sizes[name]).clone()), hashes
+        if not runs:
+            key = place_of(piece.name, self.arch, self.layout).key
+            return torch.zeros(
+                piece.stop - piece.start, *tensor_map.shape[1:], dtype=self._dtypes[key]
+            ), hashes
+        (run,) = runs
+        return read(*run), hashes
+
+    def _stored_chunks(self, workspace: Workspace) -> Iterator[tuple[GlobalTensor, Chunk]]:
+        for unit in self.units:
+            places = workspace.done[unit.index]["places"]
+            for piece, (position, num_bytes) in zip(unit.pieces, places, strict=True):
+                tensor_map = self.mapping[piece.name]
+                place = place_of(piece.name, self.arch, self.layout)
+                columns = tensor_map.shape[1:]
+                shape = (*place.leading_shape, self.num_rows(tensor_map), *columns)
+                yield (
+                    GlobalTensor(place.key, shape, self._dtypes[place.key]),
+                    Chunk(
+                        place.key,
+                        (*place.leading_offset, piece.start, *(0 for _ in columns)),
+                        (*(1 for _ in place.leading_shape), piece.stop - piece.start, *columns),
+                        data_file_name(unit.index),
+                        position,
+                        num_bytes,
+                    ),
+                )

@@ -1,0 +1,164 @@
+"""The unfinished output of a conversion: a hidden folder beside the target, with a journal.
+
+    .NAME.converting/
+        journal.jsonl       line 1: what is converted and how; then a line per finished unit
+        content/            becomes NAME at the very end
+
+A unit's line is appended when its bytes are on the disk, so whatever ends the program, the same command goes
+on after the last line. The target's name never holds half a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any, Self
+
+from megatron_drpo.errors import ConversionError
+from megatron_drpo.hf_io import replace_folder
+
+_LOCK_TIMEOUT_S = 10.0
+"""The workers of a killed run end a moment after it."""
+
+
+class Workspace:
+    """Use it in a `with` block; an error inside leaves all that is needed to go on."""
+
+    def __init__(
+        self,
+        target: Path,
+        description: dict[str, Any],
+        num_bytes: int,
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+    ) -> None:
+        """
+        Args:
+            target: the folder to create.
+            description: what is converted and how, as JSON; only the same conversion can be continued.
+            num_bytes: of all output; must be free on the disk.
+            overwrite: an existing target is replaced, at the end.
+            restart: discard an unfinished conversion.
+
+        Raises:
+            ConversionError: the target exists, another conversion is unfinished there or still running, the
+                folder cannot be written, or the disk is too full.
+        """
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.converting")
+        self.content = self.folder / "content"
+        self.done: dict[int, dict[str, Any]] = {}
+        """Finished units and their records."""
+        self._header = {"conversion": _fingerprint(description)}
+        self._num_bytes = num_bytes
+        self._overwrite = overwrite
+        self._restart = restart
+        self._journal: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        if self.target.exists() and not self._overwrite:
+            raise ConversionError(
+                f"{self.target}: exists already; choose another folder, or replace it with --overwrite"
+            )
+        try:
+            self.content.mkdir(parents=True, exist_ok=True)
+            self._journal = (self.folder / "journal.jsonl").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConversionError(f"{self.folder} cannot be written: {error.strerror}") from error
+        _lock(self._journal, self.folder)
+        self._read_journal(self._journal)
+        self._check_space()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    @property
+    def num_bytes_done(self) -> int:
+        return sum(record["num_bytes"] for record in self.done.values())
+
+    def record(self, unit: int, record: dict[str, Any]) -> None:
+        """Note a unit whose bytes are on the disk."""
+        self._append({"unit": unit, **record})
+        self.done[unit] = record
+
+    def publish(self) -> None:
+        """Give the finished content its name."""
+        flush_folder(self.content)
+        replace_folder(self.content, self.target)
+        _flush(self.target.parent)
+        shutil.rmtree(self.folder)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._journal is not None
+        self._journal.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def _read_journal(self, journal: IO[str]) -> None:
+        journal.seek(0)
+        lines = journal.read().split("\n")[:-1]  # what a kill cut off has no line end
+        journal.truncate(sum(len(line.encode()) + 1 for line in lines))
+        found = [json.loads(line) for line in lines]
+        if found and found[0] != self._header:
+            if not self._restart:
+                raise ConversionError(
+                    f"{self.folder} holds an unfinished conversion of other input or with other options: "
+                    "repeat that command to finish it, or discard it with --restart"
+                )
+            found.clear()
+        if not found or self._restart:
+            shutil.rmtree(self.content)
+            self.content.mkdir()
+            journal.truncate(0)
+            self._append(self._header)
+            return
+        self.done = {line.pop("unit"): line for line in found[1:]}
+
+    def _check_space(self) -> None:
+        needed = self._num_bytes - self.num_bytes_done
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ConversionError(
+                f"{self.folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on this disk"
+            )
+
+
+def _fingerprint(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _lock(journal: IO[str], folder: Path) -> None:
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ConversionError(f"{folder}: another conversion is writing there now") from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+
+
+def flush_folder(folder: Path) -> None:
+    """Have everything in a folder on the disk."""
+    for path in sorted(folder.rglob("*")):
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
