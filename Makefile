@@ -13,13 +13,20 @@ INSTALLED := .venv/.installed
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 
+# A second environment proves what must hold on the newest supported megatron-core too: pip has it for Python
+# 3.12 and later alone.
+PYTHON312 ?= $(shell command -v python3.12)
+INSTALLED_312 := .venv-py312/.installed
+TESTS_312 := tests/unit/models tests/unit/policy tests/unit/platform tests/unit/test_fp8.py tests/unit/test_check.py \
+	tests/unit/test_checkpoint.py tests/unit/test_torch_dist.py tests/distributed $(wildcard tests/conversion)
+
 # $(call stage,NAME) COMMANDS: say what starts and, however it ends, how long it took.
 stage = echo "==> $(1)"; trap 'echo "    $(1): $$SECONDS s"' EXIT;
 
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test check format env-py312 test-py312 clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
 
 install: $(INSTALLED) ## create .venv with all that the other targets need
 
@@ -41,8 +48,15 @@ format: $(INSTALLED) ## rewrite the sources in the one format
 	@.venv/bin/ruff check --quiet --fix --select I
 	@.venv/bin/ruff format --quiet
 
-clean: ## remove .venv and everything the tools left behind; runs/ stays
-	rm -rf .venv dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+env-py312: $(INSTALLED_312) ## create .venv-py312: Python 3.12, megatron-core 0.19.2, a CUDA build of torch (5.6 GB in all)
+
+test-py312: export OMP_NUM_THREADS := 1
+test-py312: $(INSTALLED_312) ## tests of models, policy, checkpoints and conversion in .venv-py312; not part of CI
+	@$(call stage,tests on Python 3.12) CUDA_VISIBLE_DEVICES='' \
+		.venv-py312/bin/python -m pytest -q $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(TESTS_312))
+
+clean: ## remove the environments and everything the tools left behind; runs/ stays
+	rm -rf .venv .venv-py312 dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted installation is taken up again.
@@ -53,4 +67,13 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 		test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv; \
 		$(PYTHON) -m pip install -qq --disable-pip-version-check --progress-bar off \
 			$(CONSTRAINTS) --editable '.[dev]'; \
+		touch $@
+
+$(INSTALLED_312): pyproject.toml constraints-cpu.txt
+	@test -n "$(PYTHON312)" && "$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
+		|| { echo "Python 3.12 not found ($(or $(PYTHON312),no python3.12 in PATH)): make PYTHON312=/path/to/python3.12"; exit 1; }
+	@$(call stage,installing into .venv-py312 (5.6 GB)) \
+		test -x .venv-py312/bin/python || "$(PYTHON312)" -m venv .venv-py312; \
+		.venv-py312/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off \
+			--constraint constraints-cpu.txt --editable '.[test]'; \
 		touch $@

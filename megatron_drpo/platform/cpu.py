@@ -258,8 +258,8 @@ def _replace_megatron_functions() -> None:
 def _write_checkpoints_in_process(writer: Any) -> None:
     """Checkpoint files are written by the rank itself.
 
-    Upstream forks writers and starts a manager process for their results; a fork of a process that runs
-    gloo's threads can hang, and the manager outlives a killed rank.
+    Upstream forks writers (threads from 0.19 on) and starts a manager process for their results; a fork of a
+    process that runs gloo's threads can hang, and the manager outlives a killed rank.
     https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/dist_checkpointing/strategies/filesystem_async.py
     """
     results: queue.Queue[Any] = queue.Queue()
@@ -278,5 +278,10 @@ def _write_checkpoints_in_process(writer: Any) -> None:
         failure = next((o for o in outcomes.values() if isinstance(o, Exception)), None)
         global_results.put(failure or outcomes)
 
-    writer._get_write_results_queue = lambda: results
-    writer.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
+    def result_queue(mp_mode: str = "") -> queue.Queue[Any]:
+        return results
+
+    forks = hasattr(writer.FileSystemWriterAsync, "write_preloaded_data_multiproc")
+    name = "write_preloaded_data_multiproc" if forks else "write_preloaded_data_multithread"
+    setattr(writer.FileSystemWriterAsync, name, staticmethod(write))
+    setattr(writer, "_get_write_results_queue" if forks else "get_write_results_queue", result_queue)

@@ -106,10 +106,29 @@ def sharded_optimizer_state(
     states: list[dict[int, Any]] = []
     for part in distributed_optimizers(optimizer):
         if is_loading or not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
+            _create_state(part)
         state = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={})
         states.append(cast(dict[int, Any], state))
     return states
+
+
+def _create_state(part: DistributedOptimizer) -> None:
+    """Give an optimizer that has made no step its moments, of zeros.
+
+    Megatron makes a step without gradients for that, which would decay the weights and be counted.
+    """
+    groups = part.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    part._init_optimizer_states_with_dummy_values()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:
+            group["step"] = 0
+    for state in part.optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 def optimizer_step_count(optimizer: MegatronOptimizer) -> int:

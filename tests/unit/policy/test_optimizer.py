@@ -169,3 +169,22 @@ def test_a_new_optimizer_has_made_no_step(
     build_policy: BuildPolicy, policy_config: Callable[..., Config]
 ) -> None:
     assert build_policy(policy_config("dense")).optimizer_step == 0
+
+
+def test_saving_before_the_first_step_changes_nothing(
+    build_policy: BuildPolicy,
+    policy_config: Callable[..., Config],
+    update: Update,
+    make_sequences: Callable[[list[int]], list[TrainSequence]],
+) -> None:
+    """Megatron makes a step to have a state to save; it must neither decay weights nor count."""
+    config = policy_config("dense", OptimizerConfig(lr=1e-2, weight_decay=0.5))
+    saved, other = build_policy(config), build_policy(config)
+    saved.sharded_state(is_loading=False)
+    assert saved.optimizer_step == 0
+    for policy in (saved, other):
+        update(policy, make_sequences([5, 17]))
+    assert saved.optimizer_step == 1
+    expected = {name: tensor.clone() for name, tensor in other.hf_tensors()}
+    for name, tensor in saved.hf_tensors():
+        assert torch.equal(tensor, expected[name]), name
