@@ -43,7 +43,8 @@ class Manifest:
         for first, count, digest in self.hashes.get(name, ()):
             start = first - row
             if start >= 0 and start + count <= len(rows) and hash_rows(rows[start : start + count]) != digest:
-                return f"tensor {name!r}, rows {first} to {first + count - 1}: their hash is not the one in {MANIFEST_FILE}"
+                rows_text = f"rows {first} to {first + count - 1}"
+                return f"tensor {name!r}, {rows_text}: their hash is not the one in {MANIFEST_FILE}"
         return None
 
     def add(self, name: str, row: int, num_rows: int, digest: str) -> None:

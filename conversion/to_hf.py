@@ -124,7 +124,10 @@ class ToHf:
         hashes: list[tuple[str, int, int, str]] = []
         try:
             for piece in unit.pieces:
-                for name, row, values in self._hf_rows(piece):
+                for name, row, values in self.read_rows(piece):
+                    problem = None if self._manifest is None else self._manifest.problem(name, row, values)
+                    if problem is not None:
+                        raise CheckpointError(f"{self.reader.path}: damaged: {problem}")
                     for stored_name, stored_row, stored in self._stored(name, row, values):
                         self.target.write_rows(folder, stored_name, stored_row, stored)
                         hashes.append((stored_name, stored_row, len(stored), hash_rows(stored)))
@@ -241,7 +244,7 @@ class ToHf:
             inside.append((start, start + chunk.shape[row_axis]))
         return lambda row: not any(start < row < stop for start, stop in inside)
 
-    def _hf_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
+    def read_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
         """HF tensor, first row and values."""
         tensor_map = self.mapping[piece.name]
         place = self._place(tensor_map)
@@ -252,11 +255,7 @@ class ToHf:
         else:
             (run,) = hf_runs(tensor_map, piece)
             parts = [(run.name, run.row, matrix)]
-        for part in parts:
-            problem = None if self._manifest is None else self._manifest.problem(*part)
-            if problem is not None:
-                raise CheckpointError(f"{self.reader.path}: damaged: {problem}")
-            yield part
+        yield from parts
 
     def _stored(self, name: str, row: int, values: torch.Tensor) -> Iterator[tuple[str, int, torch.Tensor]]:
         """What is written for these rows: cast, or FP8 values and their scales."""

@@ -1,7 +1,6 @@
 """Reads a torch_dist checkpoint tensor by tensor: no model, no process group, no Megatron.
 
-`.metadata` is a pickle: only the classes of torch's distributed checkpoints are allowed in it, so that a
-checkpoint from somebody else cannot run code. Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
+Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
 """
 
 from __future__ import annotations
@@ -18,20 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.torch_dist import METADATA_FILE, find_checkpoint
+from megatron_drpo.torch_dist import METADATA_FILE, find_checkpoint, read_metadata
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_ALLOWED_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("_codecs", "encode"),
-}
 _READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -153,33 +140,6 @@ class TorchDistReader:
                 raise CheckpointError(
                     f"{file}: truncated: {file.stat().st_size} bytes, {METADATA_FILE} needs {end}"
                 )
-
-
-def read_metadata(file: Path) -> Metadata:
-    """DCP's table of a checkpoint.
-
-    Raises:
-        CheckpointError: it is damaged, or holds what no checkpoint has.
-    """
-    try:
-        with file.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    # A damaged pickle raises whatever its opcodes happen to meet.
-    except Exception as error:
-        raise CheckpointError(f"{file}: damaged: {error!r}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{file}: damaged: no table of tensors")
-    return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_public_class = module in _ALLOWED_MODULES and name[0].isupper()
-        is_enum = (module, name) == ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_public_class or is_enum or is_dtype or (module, name) in _ALLOWED_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata")
 
 
 def _chunks_by_key(metadata: Metadata) -> dict[str, list[Chunk]]:

@@ -7,26 +7,31 @@ from pathlib import Path
 from megatron_drpo.checkpoint import check_checkpoint
 from megatron_drpo.config import Advantage, Config, LogprobMode, Mode, Overlong
 from megatron_drpo.data.jsonl import check_prompt_file
-from megatron_drpo.errors import ModelError
+from megatron_drpo.errors import CheckpointError, ModelError
 from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
 from megatron_drpo.losses.objective import build_objective
 from megatron_drpo.losses.registry import check_loss
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.models.load_megatron import check_megatron_weights
+from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.policy.model import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
 from megatron_drpo.rewards.functions import check_reward, needs_answer
+from megatron_drpo.torch_dist import find_checkpoint
 
 
 def check_config(config: Config) -> list[str]:
     """Problems with files, model, layout, loss and reward, as sentences; empty if the run can start."""
     problems = check_megatron_overrides(config.policy.megatron_overrides)
     try:
-        architecture = _read_architecture(config.policy.model_path)
+        architecture, mapping = _read_model(config.policy.model_path)
         problems += check_layout(config.parallel, architecture)
     except ModelError as error:
-        architecture = None
+        architecture = mapping = None
         problems.append(f"policy.model_path: {error}")
+    if config.policy.weights_path is not None:
+        problems += _check_weights(config.policy.weights_path, mapping)
     problems += _check_data(config)
     if config.train.mode is Mode.rl:
         problems += _check_objective(config, architecture)
@@ -78,7 +83,7 @@ def _check_objective(config: Config, architecture: ArchitectureConfig | None) ->
     if objective.kl is None or path is None or architecture is None:
         return problems
     try:
-        if _read_architecture(path) != architecture:
+        if _read_model(path)[0] != architecture:
             problems.append(
                 f"algorithm.kl.reference_path={path}: another architecture than policy.model_path has"
             )
@@ -110,7 +115,19 @@ def _check_groups(config: Config) -> list[str]:
     return problems
 
 
-def _read_architecture(model_path: str) -> ArchitectureConfig:
+def _check_weights(path: str, mapping: ParameterMapping | None) -> list[str]:
+    """Of the checkpoint that the policy starts from; without a model, only whether there is one."""
+    try:
+        if mapping is None:
+            find_checkpoint(path)
+        else:
+            check_megatron_weights(path, mapping)
+    except CheckpointError as error:
+        return [f"policy.weights_path: {error}"]
+    return []
+
+
+def _read_model(model_path: str) -> tuple[ArchitectureConfig, ParameterMapping]:
     """Of an HF folder that has all it takes to train.
 
     Raises:
@@ -122,8 +139,9 @@ def _read_architecture(model_path: str) -> ArchitectureConfig:
     family = get_family(folder.config)
     architecture = family.architecture(folder.config)
     shapes = {name: folder.shape(name) for name in folder.keys()}  # noqa: SIM118  not a dict
-    family.mapping(architecture).check_hf(shapes, str(folder.path))
-    return architecture
+    mapping = family.mapping(architecture)
+    mapping.check_hf(shapes, str(folder.path))
+    return architecture, mapping
 
 
 def _check_data(config: Config) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -33,21 +32,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_drpo.config import CheckpointConfig
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.models.load_megatron import READ_ERRORS, describe_error
 from megatron_drpo.policy.policy import Policy
 
 _RUN_STATE = "run_state.json"
 _RNG = "rng.pt"
 _PARTIAL = ".partial_"
 _FORMAT_VERSION = 1
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    pickle.UnpicklingError,
-    CheckpointingException,
-    CheckpointException,
-)
 _WRITE_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException)
 """torch reports a full disk as RuntimeError, and what other ranks met as CheckpointException."""
 
@@ -189,8 +180,8 @@ class Checkpointer:
         try:
             loaded: Any = dist_checkpointing.load(wanted, str(path))
             rng_states = torch.load(path / _RNG, weights_only=True)
-        except _READ_ERRORS as error:
-            raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
+        except READ_ERRORS as error:
+            raise CheckpointError(f"{path} cannot be read: {describe_error(error)}") from error
         policy.load_state(loaded, optimizer_step=state.optimizer_step, num_updates=state.num_updates)
         _restore_rng_state(rng_states)
         return state
@@ -258,16 +249,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except _WRITE_ERRORS as error:
         raise CheckpointError(
-            f"{path} cannot be written: {_reason(error)} (check free space and permissions there)"
+            f"{path} cannot be written: {describe_error(error)} (check free space and permissions there)"
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The message; of the errors of several ranks, the first one's, without its traceback."""
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {first}"
-    return str(error)
 
 
 def _flush_to_disk(path: Path) -> None:

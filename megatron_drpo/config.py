@@ -317,7 +317,7 @@ class KlConfig:
     """0: no reference policy is held."""
     estimator: KlEstimator = KlEstimator.k3
     reference_path: str | None = None
-    """HF folder of the reference policy; policy.model_path when not given."""
+    """HF folder of the reference policy; not given: what the policy starts from."""
 
     def problems(self) -> Problems:
         yield from _at_least(self, "algorithm.kl", 0, "coef")
@@ -393,7 +393,10 @@ class LogprobBackend(StrEnum):
 @dataclass(kw_only=True)
 class PolicyConfig:
     model_path: str = ""
-    """HF folder: config.json, tokenizer, safetensors."""
+    """HF folder: config.json, tokenizer, safetensors. Servers start from it."""
+    weights_path: str | None = None
+    """torch_dist checkpoint, converted or of a run, whose weights the policy starts from; not given: those of
+    model_path. Any parallel layout. Loading it unpickles: only from a source you trust."""
     dtype: Dtype = Dtype.bf16
     """Parameters and activations. Main parameters, gradients and optimizer state are fp32 either way."""
     max_tokens_per_micro_batch: int = 8192

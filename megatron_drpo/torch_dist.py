@@ -1,8 +1,16 @@
-"""Where a torch_dist checkpoint lies (Megatron's dist_checkpointing on torch's DCP); no Megatron here."""
+"""A torch_dist checkpoint (Megatron's dist_checkpointing on torch's DCP): where it lies, what is in it.
+
+No Megatron here.
+"""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_drpo.errors import CheckpointError
 
@@ -17,6 +25,20 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 HF_FOLDER = "hf"
 """In a converted checkpoint: config.json and tokenizer of the model."""
+
+_DCP_CLASSES = "torch.distributed.checkpoint.metadata"
+_ALLOWED_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    (_DCP_CLASSES, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("_codecs", "encode"),
+}
 
 
 def is_torch_dist(path: Path) -> bool:
@@ -48,3 +70,32 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(
         f"{candidate}: not a complete torch_dist checkpoint: {' and '.join(missing)} missing"
     )
+
+
+def read_metadata(file: Path) -> Metadata:
+    """DCP's table of a checkpoint.
+
+    It is a pickle: only the classes of torch's distributed checkpoints are allowed in it, so that somebody
+    else's checkpoint cannot run code.
+
+    Raises:
+        CheckpointError: it is damaged, or holds what no checkpoint has.
+    """
+    try:
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    # A damaged pickle raises whatever its opcodes happen to meet.
+    except Exception as error:
+        raise CheckpointError(f"{file}: damaged: {error!r}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{file}: damaged: no table of tensors")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_public_class = module == _DCP_CLASSES and name[0].isupper()
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_public_class or is_dtype or (module, name) in _ALLOWED_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata")

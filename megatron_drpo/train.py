@@ -164,9 +164,11 @@ def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
         "ETP": parallel.expert_tensor_parallel_size,
         "DP": parallel.data_parallel_size,
     }
+    weights_path = config.policy.weights_path
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "single rank"
     lines = [
         ("model", f"{config.policy.model_path} ({config.policy.dtype})"),
+        *([("weights", weights_path)] if weights_path is not None else []),
         ("layout", layout + (", sequence parallel" if parallel.sequence_parallel else "")),
         *platform.describe(),
         ("run", config.run_dir),

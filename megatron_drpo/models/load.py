@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.mapping import ParameterMapping
-from megatron_drpo.models.sharded import LocalShard, iter_local_shards
+from megatron_drpo.models.sharded import LocalShard, check_all_sharded, iter_local_shards
 
 
 @torch.no_grad()
@@ -32,14 +32,10 @@ def load_hf_weights(chunks: Sequence[GPTModel], folder: HfFolder, mapping: Param
     """
     mapping.check_hf({name: folder.shape(name) for name in folder}, str(folder.path))
     used: set[str] = set()
-    filled: set[int] = set()
-    for shard in iter_local_shards(chunks):
+    shards = list(iter_local_shards(chunks))
+    for shard in shards:
         used |= _fill(shard, folder, mapping)
-        filled.add(shard.parameter.data_ptr())
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if parameter.data_ptr() not in filled:
-                raise ModelError(f"Megatron parameter {name!r} is not part of its sharded state: not loaded")
+    check_all_sharded(chunks, shards)
     _check_all_used(used, next(chunks[0].parameters()).device, folder, mapping)
 
 

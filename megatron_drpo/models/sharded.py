@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt import GPTModel
 
+from megatron_drpo.errors import ModelError
 from megatron_drpo.models.mapping import MegatronName
 
 
@@ -64,6 +65,15 @@ def iter_local_shards(chunks: Sequence[GPTModel]) -> Iterator[LocalShard]:
                     yield _local_shard(part, entry.data)
             else:
                 assert isinstance(entry, ShardedObject), entry
+
+
+def check_all_sharded(chunks: Sequence[GPTModel], shards: Sequence[LocalShard]) -> None:
+    """Raise ModelError if a parameter of these chunks belongs to none of these shards of theirs."""
+    sharded = {shard.parameter.data_ptr() for shard in shards}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.data_ptr() not in sharded:
+                raise ModelError(f"Megatron parameter {name!r} is not part of its sharded state: not loaded")
 
 
 def _local_shard(shard: ShardedTensor, parameter: torch.Tensor | None) -> LocalShard:

@@ -18,6 +18,8 @@ from megatron_drpo.metrics.diagnostics import Diagnostics
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load import load_hf_weights
+from megatron_drpo.models.load_megatron import load_megatron_weights
+from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.platform import Platform
 from megatron_drpo.policy.forward import (
@@ -30,6 +32,7 @@ from megatron_drpo.policy.forward import (
 from megatron_drpo.policy.kernels import build_row_kernels
 from megatron_drpo.policy.logprobs import LogprobSettings
 from megatron_drpo.policy.model import (
+    PolicyModel,
     build_model_chunks,
     build_transformer_config,
     unwrap,
@@ -47,7 +50,7 @@ from megatron_drpo.policy.optimizer import (
     sharded_optimizer_state,
 )
 from megatron_drpo.policy.parallel import ParallelState
-from megatron_drpo.policy.reference import build_reference_chunks
+from megatron_drpo.policy.reference import freeze
 from megatron_drpo.policy.schedule import finalize_gradients, run_schedule
 from megatron_drpo.types import MicroBatch
 
@@ -76,7 +79,7 @@ class Policy:
         mapping = family.mapping(self.architecture)
         self.transformer_config = build_transformer_config(config, self.architecture, platform)
         chunks = build_model_chunks(self.transformer_config, self.architecture, platform, parallel.device)
-        load_hf_weights(chunks, self.folder, mapping)
+        self._load_start(chunks, mapping)
         self.chunks = wrap_data_parallel(chunks, self.transformer_config)
         self.optimizer = build_optimizer(config.optimizer, config.policy.dtype, self.chunks)
         self.transformer_config.finalize_model_grads_func = finalize_gradients
@@ -86,14 +89,15 @@ class Policy:
         """What an update minimises; may be replaced between updates."""
         self.reference_chunks: list[torch.nn.Module] = []
         if self.objective.kl is not None:
-            self.reference_chunks = build_reference_chunks(
-                config.algorithm.kl.reference_path or config.policy.model_path,
-                self.transformer_config,
-                self.architecture,
-                mapping,
-                platform,
-                parallel.device,
+            reference = build_model_chunks(
+                self.transformer_config, self.architecture, platform, parallel.device
             )
+            path = config.algorithm.kl.reference_path
+            if path is None:
+                self._load_start(reference, mapping)
+            else:
+                load_hf_weights(reference, HfFolder(path), mapping)
+            self.reference_chunks = freeze(reference, self.transformer_config)
         self.num_updates = 0
         """Optimizer steps done, skipped ones included: the learning rate's clock."""
         self._settings = ForwardSettings(
@@ -107,6 +111,13 @@ class Policy:
             sequence_parallel=config.parallel.sequence_parallel,
             one_pass=False,
         )
+
+    def _load_start(self, chunks: Sequence[PolicyModel], mapping: ParameterMapping) -> None:
+        """The weights that the configuration says to start from, into bare chunks."""
+        if self.config.policy.weights_path is None:
+            load_hf_weights(chunks, self.folder, mapping)
+        else:
+            load_megatron_weights(chunks, self.config.policy.weights_path, mapping)
 
     # -------------------------------------------------------------------------------------- updates
 

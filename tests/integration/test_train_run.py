@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,27 @@ def test_transformers_loads_the_export(run_dir: Path, model_path: Path) -> None:
     with torch.no_grad():
         change = (model(ids).logits - original(ids).logits).abs().max()
     assert change > 1e-2
+
+
+def test_a_run_starts_from_a_checkpoint(
+    run_dir: Path, run_arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run above, on one rank instead of two: the server, which started from model_path, has the
+    checkpoint's weights before it samples for the first time, and the policy goes on from them."""
+    monkeypatch.setenv(SUPERVISOR_PID, "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
+        arguments = run_arguments(
+            f"policy.weights_path={run_dir}",
+            "train.num_steps=1",
+            "optimizer.lr=1e-9",
+            "rollout.deterministic=true",
+        )
+        assert cli.main(["train", *arguments]) == 0
+        gc.collect()
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["mismatch/logprob_abs_mean"] < 1e-5
+    assert line["mismatch/logprob_abs_max"] < 5e-5
+    found, expected = HfFolder(tmp_path / "run" / "hf"), HfFolder(run_dir / "hf")
+    for name in expected:
+        torch.testing.assert_close(found.get(name), expected.get(name), atol=1e-7, rtol=0)

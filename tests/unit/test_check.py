@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint
 
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.config import (
@@ -96,6 +98,32 @@ def test_a_damaged_model_hides_no_other_problem(
     assert model.startswith("policy.model_path: ")
     assert "model.safetensors" in model
     assert loss.startswith("algorithm.loss.name=none")
+
+
+def test_a_checkpoint_to_start_from(config: Config, tmp_path: Path) -> None:
+    """A wrong one is reported beside other problems, with and without a model to compare with."""
+    weights = tmp_path / "weights"
+    tensors = {"embedding.word_embeddings.weight": torch.zeros(128, 32)}
+    with pytest.warns(UserWarning, match="single process"):
+        torch.distributed.checkpoint.save(tensors, checkpoint_id=weights, no_dist=True)
+    (weights / "metadata.json").write_text("{}")
+    config.policy = replace(config.policy, weights_path=str(tmp_path / "nowhere"))
+    config.reward = RewardConfig(name="other")
+    nowhere, reward = check_config(config)
+    assert nowhere.startswith(f"policy.weights_path: {tmp_path / 'nowhere'}: no such folder")
+    assert reward.startswith("reward.name")
+    config.policy.weights_path = str(weights)
+    other, _ = check_config(config)
+    assert other.startswith(
+        f"policy.weights_path: {weights} is not a checkpoint of this model: "
+        "tensor 'embedding.word_embeddings.weight': expected shape [101, 64], found [128, 32]; "
+    )
+    config.policy.model_path = str(tmp_path / "gone")
+    model, _ = check_config(config)
+    assert model.startswith("policy.model_path: ")
+    config.policy.weights_path = str(tmp_path / "nowhere")
+    model, nowhere, _ = check_config(config)
+    assert nowhere.startswith("policy.weights_path: ")
 
 
 @pytest.mark.parametrize(

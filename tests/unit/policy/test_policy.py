@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from megatron.core import dist_checkpointing
 
 from megatron_drpo.config import Anchor, Config, KlConfig, OptimizerConfig, ParallelConfig, Recompute
+from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.losses.aggregation import count_loss
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.packing import dummy_micro_batch, unpack
+from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch, TrainSequence
 
@@ -204,6 +207,32 @@ def test_logprobs(
             torch.testing.assert_close(found[sequence.id].double(), expected, rtol=0, atol=1e-5)
     again = policy.compute_logprobs(micro_batches)
     assert all(torch.equal(a, b) for a, b in zip(again, policy.compute_logprobs(micro_batches), strict=True))
+
+
+def test_weights_path(
+    build_policy: BuildPolicy,
+    policy_config: Callable[..., Config],
+    hf_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """The policy and its reference start from the checkpoint, not from model_path; a reference_path wins."""
+    other = build_policy(policy_config("moe_perturbed"))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    dist_checkpointing.save(unwrap(other.chunks[0]).sharded_state_dict(), str(checkpoint))
+    config = policy_config("moe", weights_path=str(checkpoint))
+    config.algorithm.kl = KlConfig(coef=0.1)
+    policy = build_policy(config)
+    expected = HfFolder(hf_model("moe_perturbed"))
+    for name, tensor in policy.hf_tensors():
+        assert torch.equal(tensor, expected.get(name)), name
+    (own,), (reference,) = policy.chunks, policy.reference_chunks
+    for parameter, frozen in zip(own.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(parameter, frozen)
+        assert not frozen.requires_grad
+    config.algorithm.kl = KlConfig(coef=0.1, reference_path=str(hf_model("moe")))
+    (reference,) = build_policy(config).reference_chunks
+    assert not torch.equal(next(own.parameters()), next(reference.parameters()))
 
 
 @pytest.mark.parametrize("anchor", Anchor)

@@ -1,0 +1,124 @@
+"""Verification, level 1: the files' and the tensors' hashes, and the tensors of the folder they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from conversion.hf_source import HfSource
+from conversion.manifest import MANIFEST_FILE, Manifest, hash_rows, read_manifest
+from conversion.plan import Unit
+from conversion.to_hf import ToHf
+from conversion.torch_dist_writer import INTEGRITY_FILE
+from conversion.workers import check_jobs
+from megatron_drpo.hf_io import HfFolder
+
+
+def check_files(folder: Path, *, num_workers: int) -> list[str]:
+    """Every file of a checkpoint against the SHA-256 in integrity.json; problems as sentences."""
+    file = folder / INTEGRITY_FILE
+    try:
+        expected: dict[str, str] = json.loads(file.read_text("utf-8"))["files"]
+        names = {str(name): str(digest) for name, digest in expected.items()}
+    except FileNotFoundError:
+        return [f"{file}: missing: nothing to compare the files with"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{file}: damaged: {error!r}"]
+    problems = [f"{folder / name}: missing" for name in names if not (folder / name).is_file()]
+    problems += [
+        f"{path}: not listed in {INTEGRITY_FILE}"
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name not in names and path.name != INTEGRITY_FILE
+    ]
+    present = [name for name in names if (folder / name).is_file()]
+
+    def work(name: str, count: Callable[[int], None]) -> list[str]:
+        digest = hashlib.sha256()
+        with (folder / name).open("rb", buffering=0) as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+                count(len(block))
+        return [] if digest.hexdigest() == names[name] else [f"{folder / name}: SHA-256 differs"]
+
+    total = sum((folder / name).stat().st_size for name in present)
+    return problems + check_jobs(present, work, total=total, num_workers=num_workers, title="files")
+
+
+def check_tensors(
+    checkpoint: ToHf, manifest: Manifest | None, source: HfSource | None, *, num_workers: int
+) -> list[str]:
+    """Every weight of a checkpoint, read anew, against hashes or against an HF folder; problems as sentences.
+
+    Args:
+        checkpoint: opened as if to be exported, without a cast.
+        manifest: of the checkpoint; None: no hashes to compare with.
+        source: the folder it should equal, read in its own dtypes; its values are cast to the checkpoint's.
+    """
+
+    def work(unit: Unit, count: Callable[[int], None]) -> list[str]:
+        problems: list[str] = []
+        for piece in unit.pieces:
+            for name, row, rows in checkpoint.read_rows(piece):
+                problem = None if manifest is None else manifest.problem(name, row, rows)
+                if problem is not None:
+                    problems.append(f"{checkpoint.reader.path}: {problem}")
+                if source is not None:
+                    expected = source.read_rows(name, row, len(rows)).to(rows.dtype)
+                    if hash_rows(expected) != hash_rows(rows):
+                        problems.append(
+                            f"{checkpoint.reader.path}: tensor {name!r}, rows {row} to {row + len(rows) - 1}: "
+                            f"differs from {source.folder.path}"
+                        )
+            count(piece.num_bytes)
+        return problems
+
+    problems = [] if manifest is None else _check_coverage(manifest, dict(checkpoint.mapping.hf_shapes))
+    return problems + check_jobs(
+        checkpoint.units, work, total=checkpoint.num_bytes, num_workers=num_workers, title="tensors"
+    )
+
+
+def check_hf_folder(path: Path, *, num_workers: int) -> list[str]:
+    """Every tensor of a converted HF folder against its hashes; problems as sentences."""
+    folder, manifest = HfFolder(path), read_manifest(path)
+    shapes = {name: folder.shape(name) for name in folder}
+    problems = _check_coverage(manifest, shapes)
+    problems += [
+        f"{path}: tensor {name!r} is {found}, {MANIFEST_FILE} says {manifest.dtypes.get(name)}"
+        for name in folder
+        if (found := str(folder.dtype(name)).removeprefix("torch.")) != manifest.dtypes.get(name)
+    ]
+
+    def work(name: str, count: Callable[[int], None]) -> list[str]:
+        found: list[str] = []
+        row_bytes = torch.Size(shapes[name][1:]).numel() * folder.dtype(name).itemsize
+        for row, num_rows, _ in manifest.hashes[name]:
+            rows = folder.get_slice(name, slice(row, row + num_rows))
+            problem = manifest.problem(name, row, rows)
+            if problem is not None:
+                found.append(f"{path / folder.info(name).shard}: {problem}")
+            count(num_rows * row_bytes)
+        return found
+
+    names = [name for name in folder if name in manifest.hashes]
+    total = sum(torch.Size(shapes[name]).numel() * folder.dtype(name).itemsize for name in names)
+    return problems + check_jobs(names, work, total=total, num_workers=num_workers, title="tensors")
+
+
+def _check_coverage(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The manifest has a hash for every row of exactly these tensors."""
+    problems = [f"{MANIFEST_FILE}: no hash for {name!r}" for name in shapes if name not in manifest.hashes]
+    problems += [
+        f"tensor {name!r} of {MANIFEST_FILE} is missing" for name in manifest.hashes if name not in shapes
+    ]
+    for name, entries in manifest.hashes.items():
+        row = 0
+        for first, count, _ in entries:
+            row = row + count if first == row else -1
+        if name in shapes and row != shapes[name][0]:
+            problems.append(f"{MANIFEST_FILE}: the hashes of {name!r} do not cover its rows once")
+    return problems
