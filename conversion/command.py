@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conversion.plan import Unit
+from conversion.plan import UNIT_BYTES, Unit
 from megatron_drpo.errors import DrpoError
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.upstream_warnings import ignore_expected_warnings
@@ -48,6 +48,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=min(4, os.cpu_count() or 1),
         help="processes; default: %(default)s",
+    )
+    parser.add_argument(
+        "--unit-mib",
+        type=positive,
+        default=UNIT_BYTES // 2**20,
+        help="that a worker does in one go: what an interruption loses; default: %(default)s",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET, once all is written")

@@ -8,7 +8,7 @@ Whatever interrupts it, the same command goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,25 @@ def convert(
     with Workspace(
         target, conversion.description(), conversion.num_bytes, overwrite=overwrite, restart=restart
     ) as workspace:
-        folder = workspace.content / RELEASE
-        folder.mkdir(exist_ok=True)
-
-        def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
-            return conversion.work(unit, folder / data_file_name(unit.index), count)
-
-        run_units(conversion.units, work, workspace, num_workers=num_workers, title=f"{source} -> {target}")
-        conversion.finish(workspace)
+        if not workspace.is_published:
+            _fill(workspace, conversion, num_workers, title=f"{source} -> {target}")
         workspace.publish()
 
 
-def main() -> int:
+def _fill(workspace: Workspace, conversion: ToMegatron, num_workers: int, *, title: str) -> None:
+    folder = workspace.content / RELEASE
+    folder.mkdir(exist_ok=True)
+
+    def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
+        return conversion.work(unit, folder / data_file_name(unit.index), count)
+
+    run_units(conversion.units, work, workspace, num_workers=num_workers, title=title)
+    conversion.finish(workspace)
+    workspace.check_unchanged(conversion.description())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Of the command line; the exit status."""
     parser = build_parser(__doc__)
     parser.add_argument("source", type=Path, help="Hugging Face folder")
     parser.add_argument("target", type=Path, help="folder to create")
@@ -65,11 +72,12 @@ def main() -> int:
         help="pad the vocabulary to a multiple; Megatron-LM wants 128 x its tensor parallel size",
     )
     add_run_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     options = ToMegatronOptions(
         layout=arguments.layout,
         dtype=DTYPES.get(arguments.dtype),
         vocab_multiple=arguments.vocab_multiple,
+        unit_bytes=arguments.unit_mib * 2**20,
     )
 
     def action() -> None:

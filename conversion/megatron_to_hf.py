@@ -11,7 +11,7 @@ the trainer. Optimizer state is left out. Whatever interrupts it, the same comma
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,24 @@ def convert(
     with Workspace(
         target, conversion.description(), num_bytes, overwrite=overwrite, restart=restart
     ) as workspace:
-        conversion.target.create(workspace.content)
-
-        def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
-            return conversion.work(unit, workspace.content, count)
-
-        run_units(conversion.units, work, workspace, num_workers=num_workers, title=f"{source} -> {target}")
-        conversion.finish(workspace)
+        if not workspace.is_published:
+            _fill(workspace, conversion, num_workers, title=f"{source} -> {target}")
         workspace.publish()
 
 
-def main() -> int:
+def _fill(workspace: Workspace, conversion: ToHf, num_workers: int, *, title: str) -> None:
+    conversion.target.create(workspace.content)
+
+    def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
+        return conversion.work(unit, workspace.content, count)
+
+    run_units(conversion.units, work, workspace, num_workers=num_workers, title=title)
+    conversion.finish(workspace)
+    workspace.check_unchanged(conversion.description())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Of the command line; the exit status."""
     parser = build_parser(__doc__)
     parser.add_argument("source", type=Path, help="torch_dist checkpoint, or a folder of them")
     parser.add_argument("target", type=Path, help="Hugging Face folder to create")
@@ -71,11 +78,12 @@ def main() -> int:
         "--max-shard-gb", type=positive, default=5, help="size of a weights file; default: %(default)s"
     )
     add_run_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     options = ToHfOptions(
         dtype=DTYPES.get(arguments.dtype),
         fp8_blockwise=arguments.fp8_blockwise,
         max_shard_bytes=arguments.max_shard_gb * 10**9,
+        unit_bytes=arguments.unit_mib * 2**20,
     )
 
     def action() -> None:

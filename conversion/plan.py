@@ -16,6 +16,7 @@ from megatron_drpo.models.mapping import MegatronName, ParameterMapping, TensorM
 
 PIECE_BYTES = 64 * 2**20
 UNIT_BYTES = 512 * 2**20
+"""By default."""
 
 
 class Piece(NamedTuple):
@@ -96,14 +97,14 @@ def _tensor_ends(tensor_map: TensorMap, num_rows: int) -> list[int]:
     return ends if row == num_rows else [*ends, num_rows]
 
 
-def group_into_units(pieces: Iterable[Piece]) -> tuple[Unit, ...]:
-    """Consecutive pieces, together at most UNIT_BYTES unless a single one is larger."""
+def group_into_units(pieces: Iterable[Piece], unit_bytes: int) -> tuple[Unit, ...]:
+    """Consecutive pieces, together at most `unit_bytes` unless a single one is larger."""
     groups: list[list[Piece]] = []
     room = -1
     for piece in pieces:
         if piece.num_bytes > room:
             groups.append([])
-            room = UNIT_BYTES
+            room = unit_bytes
         groups[-1].append(piece)
         room -= piece.num_bytes
     return tuple(Unit(index, tuple(group)) for index, group in enumerate(groups))

@@ -11,7 +11,7 @@ import torch
 
 from conversion.hf_target import HfTarget
 from conversion.manifest import Manifest, find_manifest, hash_rows
-from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
+from conversion.plan import UNIT_BYTES, Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from conversion.torch_dist_reader import TorchDistReader
 from conversion.workspace import Workspace
 from megatron_drpo.errors import CheckpointError, ConversionError
@@ -38,6 +38,8 @@ class ToHfOptions:
     fp8_blockwise: bool = False
     """Quantise what an FP8 checkpoint quantises; the rest is as `dtype` says."""
     max_shard_bytes: int = 5 * 10**9
+    unit_bytes: int = UNIT_BYTES
+    """That a worker does in one go."""
 
 
 class ToHf:
@@ -74,7 +76,7 @@ class ToHf:
         self.skipped = [key for key in shapes if is_training_state(key)]
         """Keys that are no weights."""
         self.target = HfTarget(dict(self._target_tensors()), options.max_shard_bytes)
-        self.units = group_into_units(self._pieces())
+        self.units = group_into_units(self._pieces(), options.unit_bytes)
         check_coverage(self.units, self.mapping, lambda tensor_map: tensor_map.shape[0])
 
     @property
@@ -108,7 +110,9 @@ class ToHf:
             "to": "hf",
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
             "config": config,
-            "options": self._describe_options() | {"max_shard_bytes": self.options.max_shard_bytes},
+            "options": self._describe_options(),
+            "max_shard_bytes": self.options.max_shard_bytes,
+            "unit_bytes": self.options.unit_bytes,
         }
 
     def work(self, unit: Unit, folder: Path, count: Callable[[int], None]) -> dict[str, Any]:

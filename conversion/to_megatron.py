@@ -21,7 +21,7 @@ import torch
 from conversion.extra_state import extra_state_keys
 from conversion.hf_source import HfSource
 from conversion.manifest import Manifest, hash_rows
-from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
+from conversion.plan import UNIT_BYTES, Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from conversion.torch_dist_reader import Chunk
 from conversion.torch_dist_writer import (
     DataFile,
@@ -55,6 +55,8 @@ class ToMegatronOptions:
     """None: every tensor keeps its own; FP8 becomes bfloat16."""
     vocab_multiple: int = 128
     """The vocabulary is padded with zero rows to a multiple of it."""
+    unit_bytes: int = UNIT_BYTES
+    """That a worker does in one go: of one data file."""
 
 
 class ToMegatron:
@@ -79,7 +81,7 @@ class ToMegatron:
             )
         self.places = Places(self.mapping, layout)
         self._dtypes = self._dtype_of_keys()
-        self.units = group_into_units(self._pieces())
+        self.units = group_into_units(self._pieces(), options.unit_bytes)
         check_coverage(self.units, self.mapping, self.num_rows)
 
     @property
@@ -99,6 +101,7 @@ class ToMegatron:
             "to": "torch_dist",
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
             "options": self._describe_options(),
+            "unit_bytes": self.options.unit_bytes,
         }
 
     def work(self, unit: Unit, file: Path, count: Callable[[int], None]) -> dict[str, Any]:

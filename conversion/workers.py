@@ -95,7 +95,8 @@ def run_jobs(
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (work, counter, os.getpid()))
     try:
         futures = {pool.submit(_do, job): job for job in jobs}
-        yield from _as_completed(futures, lambda: show(counter.value))
+        # Read without its lock: a worker may be killed while it holds that.
+        yield from _as_completed(futures, lambda: show(counter.get_obj().value))
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():
             process.kill()

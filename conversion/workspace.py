@@ -5,7 +5,8 @@
         content/            becomes NAME at the very end
 
 A unit's line is appended when its bytes are on the disk, so whatever ends the program, the same command goes
-on after the last line. The target's name never holds half a model.
+on after the last line. The target's name never holds half a model. A journal without content is that of a
+conversion that got its name and was killed before it had tidied up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.hf_io import replace_folder
+from megatron_drpo.hf_io import replace_folder, replaced_path
 
 _LOCK_TIMEOUT_S = 10.0
 """The workers of a killed run end a moment after it."""
@@ -55,6 +56,8 @@ class Workspace:
         self.content = self.folder / "content"
         self.done: dict[int, dict[str, Any]] = {}
         """Finished units and their records."""
+        self.is_published = False
+        """An earlier run has done all but to tidy up."""
         self._header = {"conversion": _fingerprint(description)}
         self._num_bytes = num_bytes
         self._overwrite = overwrite
@@ -62,23 +65,27 @@ class Workspace:
         self._journal: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        if self.target.exists() and not self._overwrite:
-            raise ConversionError(
-                f"{self.target}: exists already; choose another folder, or replace it with --overwrite"
-            )
+        if not self.folder.exists():
+            self._check_target()
         try:
-            self.content.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = (self.folder / "journal.jsonl").open("a+", encoding="utf-8")
         except OSError as error:
             raise ConversionError(f"{self.folder} cannot be written: {error.strerror}") from error
         _lock(self._journal, self.folder)
         self._read_journal(self._journal)
-        self._check_space()
+        if not self.is_published:
+            self._check_space()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._journal is not None:
             self._journal.close()
+        if isinstance(error, OSError):
+            raise ConversionError(
+                f"{error.filename or self.folder}: {error.strerror}; what is done is kept: mend it and "
+                "repeat the command"
+            ) from error
 
     @property
     def num_bytes_done(self) -> int:
@@ -89,12 +96,31 @@ class Workspace:
         self._append({"unit": unit, **record})
         self.done[unit] = record
 
+    def check_unchanged(self, description: dict[str, Any]) -> None:
+        """The input is still what it was at the start.
+
+        Raises:
+            ConversionError: it is not, so units of before and after may differ.
+        """
+        if self._header != {"conversion": _fingerprint(description)}:
+            raise ConversionError(
+                f"{self.target}: the input changed while it was converted: begin again with --restart"
+            )
+
     def publish(self) -> None:
         """Give the finished content its name."""
-        flush_folder(self.content)
-        replace_folder(self.content, self.target)
-        _flush(self.target.parent)
-        shutil.rmtree(self.folder)
+        if not self.is_published:
+            flush_folder(self.content)
+            replace_folder(self.content, self.target)
+            _flush(self.target.parent)
+        for leftover in (replaced_path(self.target), self.folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _check_target(self) -> None:
+        if self.target.exists() and not self._overwrite:
+            raise ConversionError(
+                f"{self.target}: exists already; choose another folder, or replace it with --overwrite"
+            )
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._journal is not None
@@ -107,20 +133,32 @@ class Workspace:
         lines = journal.read().split("\n")[:-1]  # what a kill cut off has no line end
         journal.truncate(sum(len(line.encode()) + 1 for line in lines))
         found = [json.loads(line) for line in lines]
-        if found and found[0] != self._header:
-            if not self._restart:
-                raise ConversionError(
-                    f"{self.folder} holds an unfinished conversion of other input or with other options: "
-                    "repeat that command to finish it, or discard it with --restart"
-                )
+        is_same = found[:1] == [self._header]
+        if found and not self.content.exists():
+            self.is_published = is_same and self.target.exists() and not self._restart
             found.clear()
-        if not found or self._restart:
-            shutil.rmtree(self.content)
-            self.content.mkdir()
-            journal.truncate(0)
-            self._append(self._header)
+        if self.is_published:
             return
-        self.done = {line.pop("unit"): line for line in found[1:]}
+        if not found and self.target.exists() and not self._overwrite:
+            shutil.rmtree(self.folder)
+        self._check_target()
+        if found and not is_same and not self._restart:
+            raise ConversionError(
+                f"{self.folder} holds an unfinished conversion of other input or with other options: "
+                "repeat that command to finish it, or discard it with --restart"
+            )
+        if not found or self._restart:
+            self._start(journal)
+        else:
+            self.done = {line.pop("unit"): line for line in found[1:]}
+
+    def _start(self, journal: IO[str]) -> None:
+        """In this order: a journal never speaks of content that is gone."""
+        journal.truncate(0)
+        if self.content.exists():
+            shutil.rmtree(self.content)
+        self.content.mkdir()
+        self._append(self._header)
 
     def _check_space(self) -> None:
         needed = self._num_bytes - self.num_bytes_done

@@ -353,11 +353,14 @@ def update_config(
 
 def replace_folder(new: Path, path: Path) -> None:
     """Give a finished folder its final name; one that had it before goes only then."""
-    if not path.exists():
-        new.rename(path)
-        return
-    replaced = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    path.rename(replaced)
+    replaced = replaced_path(path)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
     new.rename(path)
-    shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replaced_path(path: Path) -> Path:
+    """Where `replace_folder` has the old folder for a moment; a kill can leave it there."""
+    return path.with_name(f".{path.name}.replaced")
