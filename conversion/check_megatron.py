@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -21,6 +22,7 @@ from megatron_drpo.errors import ConversionError
 from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load_megatron import READ_ERRORS, describe_error, load_megatron_weights
 from megatron_drpo.models.mapping import TensorMap
+from megatron_drpo.models.places import KeyLayout, is_training_state
 from megatron_drpo.packing import pack
 from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.forward import last_hidden_states, run_model
@@ -88,12 +90,18 @@ def compare_with_loader(path: Path, config_folder: Path) -> list[str]:
 
 
 def compare_with_model(path: Path, config_folder: Path, parallel: ParallelConfig) -> list[str]:
-    """Load into a model under a layout, gather it again and compare; problems as sentences, on rank 0."""
+    """Have Megatron load a model under a layout, gather it again and compare; problems, on rank 0.
+
+    Strictly: the model asks for all that is in the checkpoint, and finds all that it asks for.
+    """
     checkpoint = ToHf(path, config_folder, ToHfOptions())
-    _, chunks = _build_model(checkpoint, config_folder, parallel)
+    _, chunks = _build_model(checkpoint, config_folder, parallel, _stored_dtype(checkpoint))
+    try:
+        problems = _load_strictly(chunks, checkpoint)
+    except READ_ERRORS as error:
+        return [f"{checkpoint.reader.path}: Megatron's loader: {describe_error(error)}"]
     dtype = chunks[0].config.params_dtype
     expected: dict[str, torch.Tensor] = {}
-    problems: list[str] = []
     maps = {tensor.name: tensor_map for tensor_map in checkpoint.mapping for tensor in tensor_map.hf}
     for name, tensor in HfExporter(chunks, checkpoint.mapping).tensors():
         if name not in expected:
@@ -110,7 +118,8 @@ def compute_logits(
 ) -> None:
     """fp32 logits [T, V] of the packed sequences, written to a file by one rank of the last stage."""
     checkpoint = ToHf(path, config_folder, ToHfOptions())
-    state, chunks = _build_model(checkpoint, config_folder, parallel, dtype=Dtype.fp32)
+    state, chunks = _build_model(checkpoint, config_folder, parallel, Dtype.fp32)
+    load_megatron_weights(chunks, checkpoint.reader.path, checkpoint.mapping)
     batch = pack_sequences(sequences)
     forward = LogitsForward(sequence_parallel=parallel.sequence_parallel)
     logits = run_schedule(
@@ -164,23 +173,39 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _build_model(
-    checkpoint: ToHf, config_folder: Path, parallel: ParallelConfig, dtype: Dtype | None = None
+    checkpoint: ToHf, config_folder: Path, parallel: ParallelConfig, dtype: Dtype
 ) -> tuple[ParallelState, list[PolicyModel]]:
     register_safe_globals()
     platform = build_platform(PlatformName.cpu)
     state = initialise_parallel(parallel, "gloo", platform.prepare(0))
-    if dtype is None:
-        stored = checkpoint.reader.tensors[checkpoint.places[next(iter(checkpoint.mapping)).name].key].dtype
-        dtype = Dtype.bf16 if stored is torch.bfloat16 else Dtype.fp32
     config = Config(
         data=DataConfig(train_path="unused"),
         policy=PolicyConfig(model_path=str(config_folder), dtype=dtype),
         parallel=parallel,
     )
     transformer_config = build_transformer_config(config, checkpoint.arch, platform)
-    chunks = build_model_chunks(transformer_config, checkpoint.arch, platform, state.device)
-    load_megatron_weights(chunks, checkpoint.reader.path, checkpoint.mapping)
-    return state, chunks
+    return state, build_model_chunks(transformer_config, checkpoint.arch, platform, state.device)
+
+
+def _stored_dtype(checkpoint: ToHf) -> Dtype:
+    embedding = checkpoint.places[next(iter(checkpoint.mapping)).name]
+    is_bf16 = checkpoint.reader.tensors[embedding.key].dtype is torch.bfloat16
+    return Dtype.bf16 if is_bf16 else Dtype.fp32
+
+
+def _load_strictly(chunks: list[PolicyModel], checkpoint: ToHf) -> list[str]:
+    """As Megatron-LM does; keys that only one side has, as sentences."""
+    folder = checkpoint.reader.path
+    metadata = {"non_homogeneous_layers": checkpoint.places.layout is KeyLayout.per_layer}
+    wanted = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    loaded: Any = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
+    state, left_over, lacking = loaded
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{i}"])
+    # Each layer specification asks for the extra states that it has.
+    left_over = {key for key in left_over if "_extra_state" not in key and not is_training_state(key)}
+    problems = [f"{folder}: the model does not ask for {key!r}" for key in sorted(left_over)]
+    return problems + [f"{folder}: the model asks for {key!r} in vain" for key in sorted(lacking)]
 
 
 def _batches(checkpoint: ToHf) -> Iterator[list[TensorMap]]:
