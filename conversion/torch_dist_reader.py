@@ -6,8 +6,7 @@ Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from conversion.integrity import check_description
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.torch_dist import METADATA_FILE, find_checkpoint, read_metadata
-
-_READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+from megatron_drpo.torch_dist import CONFIG_FILE, METADATA_FILE, find_checkpoint, read_metadata
 
 
 class Chunk(NamedTuple):
@@ -53,6 +51,8 @@ class TorchDistReader:
             CheckpointError: there is no complete checkpoint, or a file it names is missing or too short.
         """
         self.path = find_checkpoint(path)
+        check_description(self.path)
+        _check_format(self.path / CONFIG_FILE)
         metadata = read_metadata(self.path / METADATA_FILE)
         self.tensors: dict[str, StoredTensor] = {}
         """By key."""
@@ -120,7 +120,8 @@ class TorchDistReader:
             with file.open("rb", buffering=0) as stream:
                 view = _View(stream, chunk.position, chunk.num_bytes)
                 tensor = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
-        except _READ_ERRORS as error:
+        # A damaged archive raises whatever its reader happens to meet.
+        except Exception as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from error
         expected = f"{list(chunk.shape)} {self.tensors[chunk.key].dtype}"
         found = f"{list(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else "no tensor"
@@ -140,6 +141,16 @@ class TorchDistReader:
                 raise CheckpointError(
                     f"{file}: truncated: {file.stat().st_size} bytes, {METADATA_FILE} needs {end}"
                 )
+
+
+def _check_format(file: Path) -> None:
+    """Raise CheckpointError unless metadata.json says torch_dist."""
+    try:
+        backend = json.loads(file.read_text("utf-8"))["sharded_backend"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged: {error!r}") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{file}: the format is {backend!r}, only 'torch_dist' can be read")
 
 
 def _chunks_by_key(metadata: Metadata) -> dict[str, list[Chunk]]:
