@@ -58,19 +58,30 @@ class TorchDistReader:
         """By key."""
         self.objects: list[str] = []
         """Keys of what is not a tensor."""
+        try:
+            self._read_table(metadata)
+        except CheckpointError:
+            raise
+        # What a damaged table holds may have any type.
+        except Exception as error:
+            raise CheckpointError(f"{self.path / METADATA_FILE}: damaged: {error!r}") from error
+        # One blob is cut into several reads in a row.
+        self._load = lru_cache(maxsize=1)(self._load_chunk)
+
+    def _read_table(self, metadata: Metadata) -> None:
         chunks = _chunks_by_key(metadata)
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
-                dtype = entry.properties.dtype
-                self.tensors[key] = StoredTensor(tuple(entry.size), dtype, tuple(chunks[key]))
-            else:
-                assert isinstance(entry, BytesStorageMetadata)
+                tensor = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks[key]))
+                _check_tensor(key, tensor)
+                self.tensors[key] = tensor
+            elif isinstance(entry, BytesStorageMetadata):
                 self.objects.append(key)
+            else:
+                raise TypeError(f"{key!r} is {entry!r}")
         self._index = _ChunkIndex(self.tensors)
         self._storage = metadata.storage_data
         self._check_files()
-        # One blob is cut into several reads in a row.
-        self._load = lru_cache(maxsize=1)(self._load_chunk)
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """A rectangle of a tensor, in the checkpoint's dtype.
@@ -151,6 +162,16 @@ def _check_format(file: Path) -> None:
         raise CheckpointError(f"{file}: damaged: {error!r}") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{file}: the format is {backend!r}, only 'torch_dist' can be read")
+
+
+def _check_tensor(key: str, tensor: StoredTensor) -> None:
+    """Raise ValueError if the shape, the dtype or a chunk cannot be."""
+    if not isinstance(tensor.dtype, torch.dtype):
+        raise ValueError(f"the dtype of {key!r} is {tensor.dtype!r}")
+    for chunk in tensor.chunks:
+        for start, size, whole in zip(chunk.offset, chunk.shape, tensor.shape, strict=True):
+            if not (start >= 0 and size >= 0 and start + size <= whole):
+                raise ValueError(f"a chunk of {key!r} lies outside of it: {chunk.offset}, {chunk.shape}")
 
 
 def _chunks_by_key(metadata: Metadata) -> dict[str, list[Chunk]]:
