@@ -99,9 +99,9 @@ def _target_exists(source: Path, target: Path) -> None:
 
 
 def _other_conversion_unfinished(source: Path, target: Path) -> None:
-    content = target.parent / f".{target.name}.converting" / "content"
+    content = target.parent / f".{target.name}.converting"
     content.mkdir(parents=True)
-    (content.parent / "journal.jsonl").write_text('{"conversion":"another"}\n')
+    content.with_suffix(".converting.jsonl").write_text('{"conversion":"another"}\n')
 
 
 def _disk_is_full(source: Path, target: Path) -> None:
