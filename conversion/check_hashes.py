@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from conversion.hf_source import HfSource
+from conversion.integrity import INTEGRITY_FILE
 from conversion.manifest import MANIFEST_FILE, Manifest, hash_rows, read_manifest
 from conversion.plan import Unit
 from conversion.to_hf import ToHf
-from conversion.torch_dist_writer import INTEGRITY_FILE
 from conversion.workers import check_jobs
 from megatron_drpo.hf_io import HfFolder
 

@@ -46,6 +46,9 @@ class HfSource:
         """Tensors that the family says are not needed: derived from the config, or a tied copy."""
         _check_scales(folder, scales)
         _check_dtypes(folder, list(mapping.hf_shapes))
+        if self._manifest is not None:
+            stored = {name: (folder.shape(name), folder.dtype(name)) for name in folder}
+            self._manifest.check_tensors(folder.path, stored)
 
     def dtype(self, name: str) -> torch.dtype:
         """What `read_rows` returns."""

@@ -7,6 +7,7 @@ back without a cast ends with the hashes it began with.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_drpo.errors import CheckpointError
 
 MANIFEST_FILE = "conversion.json"
 _FORMAT_VERSION = 1
+_ALGORITHM = "xxh3_128"
 
 
 @dataclass(kw_only=True)
@@ -32,7 +34,7 @@ class Manifest:
     """HF tensor -> dtype in the output."""
     hashes: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
     """HF tensor -> (first row, rows, XXH3-128 of their bytes), in order of the rows."""
-    algorithm: str = "xxh3_128"
+    algorithm: str = _ALGORITHM
     format_version: int = _FORMAT_VERSION
 
     def problem(self, name: str, row: int, rows: torch.Tensor) -> str | None:
@@ -46,6 +48,33 @@ class Manifest:
                 rows_text = f"rows {first} to {first + count - 1}"
                 return f"tensor {name!r}, {rows_text}: their hash is not the one in {MANIFEST_FILE}"
         return None
+
+    def check_tensors(self, folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """It speaks of exactly these tensors and of all their rows, so that none is read without its hash.
+
+        Args:
+            folder: for messages.
+            tensors: HF name -> shape and dtype.
+
+        Raises:
+            CheckpointError: names what it lacks or has too much.
+        """
+        problems = [f"{name!r} is not in it" for name in tensors if name not in self.hashes]
+        problems += [f"{name!r} is in it" for name in self.hashes if name not in tensors]
+        for name, (shape, dtype) in tensors.items():
+            row = 0
+            for first, count, _ in self.hashes.get(name, ()):
+                row = row + count if first == row and count > 0 else -1
+            if name in self.hashes and row != shape[0]:
+                problems.append(f"the hashes of {name!r} are not of rows 0 to {shape[0] - 1}")
+            if self.dtypes.get(name) != str(dtype).removeprefix("torch."):
+                problems.append(f"{name!r} is {dtype}, not {self.dtypes.get(name)}")
+        if problems:
+            shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            raise CheckpointError(
+                f"{folder / MANIFEST_FILE} is not of these weights: {'; '.join(shown)}. If they were changed "
+                "on purpose, remove it"
+            )
 
     def add(self, name: str, row: int, num_rows: int, digest: str) -> None:
         self.hashes.setdefault(name, []).append((row, num_rows, digest))
@@ -76,6 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(file.read_text("utf-8"))
         manifest = Manifest(**values)
+        _check_types(manifest)
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: missing: only what these tools converted has hashes to compare with"
@@ -87,6 +117,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file}: format version {manifest.format_version}, this program reads {_FORMAT_VERSION}"
         )
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise ValueError or TypeError if a field is not what it should be."""
+    if manifest.algorithm != _ALGORITHM:
+        raise ValueError(f"'algorithm' is {manifest.algorithm!r}, not {_ALGORITHM!r}")
+    if not isinstance(manifest.hashes, dict) or not isinstance(manifest.dtypes, dict):
+        raise TypeError("'hashes' and 'dtypes' must be objects")
+    for name, entries in manifest.hashes.items():
+        for first, count, digest in entries:
+            if not (type(first) is int and type(count) is int and type(digest) is str):
+                raise TypeError(f"the hashes of {name!r} are not two integers and a text each")
 
 
 def hash_rows(rows: torch.Tensor) -> str:

@@ -73,6 +73,7 @@ class ToHf:
         self.places = Places(self.mapping, find_layout(self.reader.tensors))
         shapes = {key: tensor.shape for key, tensor in self.reader.tensors.items()}
         check_places(self.places, shapes, f"{self.reader.path} (with {self.config_folder / 'config.json'})")
+        self._check_manifest()
         self.skipped = [key for key in shapes if is_training_state(key)]
         """Keys that are no weights."""
         self.target = HfTarget(dict(self._target_tensors()), options.max_shard_bytes)
@@ -162,8 +163,20 @@ class ToHf:
         name = "as stored" if dtype is None else str(dtype).removeprefix("torch.")
         return {"dtype": name + (", fp8 blockwise" if self.options.fp8_blockwise else "")}
 
+    def _check_manifest(self) -> None:
+        if self._manifest is not None:
+            tensors = {
+                name: (shape, self._stored_dtype(tensor_map))
+                for tensor_map in self.mapping
+                for name, shape in tensor_map.hf
+            }
+            self._manifest.check_tensors(self.reader.path, tensors)
+
+    def _stored_dtype(self, tensor_map: TensorMap) -> torch.dtype:
+        return self.reader.tensors[self.places[tensor_map.name].key].dtype
+
     def _dtype(self, tensor_map: TensorMap) -> torch.dtype:
-        return self.options.dtype or self.reader.tensors[self.places[tensor_map.name].key].dtype
+        return self.options.dtype or self._stored_dtype(tensor_map)
 
     def _quantized(self) -> set[str]:
         if not self.options.fp8_blockwise:

@@ -6,8 +6,7 @@ Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from conversion.integrity import check_description
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.torch_dist import METADATA_FILE, find_checkpoint, read_metadata
-
-_READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+from megatron_drpo.torch_dist import CONFIG_FILE, METADATA_FILE, find_checkpoint, read_metadata
 
 
 class Chunk(NamedTuple):
@@ -53,24 +51,37 @@ class TorchDistReader:
             CheckpointError: there is no complete checkpoint, or a file it names is missing or too short.
         """
         self.path = find_checkpoint(path)
+        check_description(self.path)
+        _check_format(self.path / CONFIG_FILE)
         metadata = read_metadata(self.path / METADATA_FILE)
         self.tensors: dict[str, StoredTensor] = {}
         """By key."""
         self.objects: list[str] = []
         """Keys of what is not a tensor."""
+        try:
+            self._read_table(metadata)
+        except CheckpointError:
+            raise
+        # What a damaged table holds may have any type.
+        except Exception as error:
+            raise CheckpointError(f"{self.path / METADATA_FILE}: damaged: {error!r}") from error
+        # One blob is cut into several reads in a row.
+        self._load = lru_cache(maxsize=1)(self._load_chunk)
+
+    def _read_table(self, metadata: Metadata) -> None:
         chunks = _chunks_by_key(metadata)
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
-                dtype = entry.properties.dtype
-                self.tensors[key] = StoredTensor(tuple(entry.size), dtype, tuple(chunks[key]))
-            else:
-                assert isinstance(entry, BytesStorageMetadata)
+                tensor = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks[key]))
+                _check_tensor(key, tensor)
+                self.tensors[key] = tensor
+            elif isinstance(entry, BytesStorageMetadata):
                 self.objects.append(key)
+            else:
+                raise TypeError(f"{key!r} is {entry!r}")
         self._index = _ChunkIndex(self.tensors)
         self._storage = metadata.storage_data
         self._check_files()
-        # One blob is cut into several reads in a row.
-        self._load = lru_cache(maxsize=1)(self._load_chunk)
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """A rectangle of a tensor, in the checkpoint's dtype.
@@ -120,7 +131,8 @@ class TorchDistReader:
             with file.open("rb", buffering=0) as stream:
                 view = _View(stream, chunk.position, chunk.num_bytes)
                 tensor = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
-        except _READ_ERRORS as error:
+        # A damaged archive raises whatever its reader happens to meet.
+        except Exception as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from error
         expected = f"{list(chunk.shape)} {self.tensors[chunk.key].dtype}"
         found = f"{list(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else "no tensor"
@@ -140,6 +152,26 @@ class TorchDistReader:
                 raise CheckpointError(
                     f"{file}: truncated: {file.stat().st_size} bytes, {METADATA_FILE} needs {end}"
                 )
+
+
+def _check_format(file: Path) -> None:
+    """Raise CheckpointError unless metadata.json says torch_dist."""
+    try:
+        backend = json.loads(file.read_text("utf-8"))["sharded_backend"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged: {error!r}") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{file}: the format is {backend!r}, only 'torch_dist' can be read")
+
+
+def _check_tensor(key: str, tensor: StoredTensor) -> None:
+    """Raise ValueError if the shape, the dtype or a chunk cannot be."""
+    if not isinstance(tensor.dtype, torch.dtype):
+        raise ValueError(f"the dtype of {key!r} is {tensor.dtype!r}")
+    for chunk in tensor.chunks:
+        for start, size, whole in zip(chunk.offset, chunk.shape, tensor.shape, strict=True):
+            if not (start >= 0 and size >= 0 and start + size <= whole):
+                raise ValueError(f"a chunk of {key!r} lies outside of it: {chunk.offset}, {chunk.shape}")
 
 
 def _chunks_by_key(metadata: Metadata) -> dict[str, list[Chunk]]:

@@ -28,11 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from conversion.integrity import INTEGRITY_FILE
 from conversion.torch_dist_reader import Chunk
 from megatron_drpo.torch_dist import COMMON_FILE, CONFIG_FILE, METADATA_FILE
 
-INTEGRITY_FILE = "integrity.json"
-"""SHA-256 of every file; megatron-core >= 0.19 checks it in `load(verify_integrity=True)`."""
 _OBJECTS_FILE = "__objects_0.distcp"
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON_CONFIG = {"common_backend": "torch", "common_backend_version": 1}
@@ -142,7 +141,9 @@ def write_metadata(
 
 def write_common_state(folder: Path, state: dict[str, Any]) -> None:
     """What is not sharded, and the name of the format; `state` has plain types only."""
-    torch.save(state, folder / COMMON_FILE)
+    content = io.BytesIO()  # torch reports a full disk as anything but an OSError
+    torch.save(state, content)
+    (folder / COMMON_FILE).write_bytes(content.getvalue())
     (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG | _COMMON_CONFIG), "utf-8")
 
 

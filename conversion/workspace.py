@@ -1,12 +1,11 @@
-"""The unfinished output of a conversion: a hidden folder beside the target, with a journal.
+"""The unfinished output of a conversion: a hidden folder beside the target, and a journal.
 
-    .NAME.converting/
-        journal.jsonl       line 1: what is converted and how; then a line per finished unit
-        content/            becomes NAME at the very end
+    .NAME.converting          becomes NAME at the very end
+    .NAME.converting.jsonl    line 1: what is converted and how; then a line per finished unit
 
 A unit's line is appended when its bytes are on the disk, so whatever ends the program, the same command goes
-on after the last line. The target's name never holds half a model. A journal without content is that of a
-conversion that got its name and was killed before it had tidied up.
+on after the last line. The target's name never holds half a model. A journal without the folder is
+that of a conversion that got its name and was killed before it had tidied up.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class Workspace:
                 folder cannot be written, or the disk is too full.
         """
         self.target = target
-        self.folder = target.with_name(f".{target.name}.converting")
-        self.content = self.folder / "content"
+        self.content = target.with_name(f".{target.name}.converting")
+        self._journal_file = target.with_name(f".{target.name}.converting.jsonl")
         self.done: dict[int, dict[str, Any]] = {}
         """Finished units and their records."""
         self.is_published = False
@@ -65,14 +64,14 @@ class Workspace:
         self._journal: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        if not self.folder.exists():
+        if not self._journal_file.exists():
             self._check_target()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._journal = (self.folder / "journal.jsonl").open("a+", encoding="utf-8")
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = self._journal_file.open("a+", encoding="utf-8")
         except OSError as error:
-            raise ConversionError(f"{self.folder} cannot be written: {error.strerror}") from error
-        _lock(self._journal, self.folder)
+            raise ConversionError(f"{self._journal_file} cannot be written: {error.strerror}") from error
+        _lock(self._journal, self.content)
         self._read_journal(self._journal)
         if not self.is_published:
             self._check_space()
@@ -83,7 +82,7 @@ class Workspace:
             self._journal.close()
         if isinstance(error, OSError):
             raise ConversionError(
-                f"{error.filename or self.folder}: {error.strerror}; what is done is kept: mend it and "
+                f"{error.filename or self.content}: {error.strerror}; what is done is kept: mend it and "
                 "repeat the command"
             ) from error
 
@@ -113,8 +112,8 @@ class Workspace:
             flush_folder(self.content)
             replace_folder(self.content, self.target)
             _flush(self.target.parent)
-        for leftover in (replaced_path(self.target), self.folder):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(replaced_path(self.target), ignore_errors=True)
+        self._journal_file.unlink(missing_ok=True)
 
     def _check_target(self) -> None:
         if self.target.exists() and not self._overwrite:
@@ -140,11 +139,11 @@ class Workspace:
         if self.is_published:
             return
         if not found and self.target.exists() and not self._overwrite:
-            shutil.rmtree(self.folder)
+            self._journal_file.unlink()
         self._check_target()
         if found and not is_same and not self._restart:
             raise ConversionError(
-                f"{self.folder} holds an unfinished conversion of other input or with other options: "
+                f"{self.content} holds an unfinished conversion of other input or with other options: "
                 "repeat that command to finish it, or discard it with --restart"
             )
         if not found or self._restart:
@@ -162,10 +161,10 @@ class Workspace:
 
     def _check_space(self) -> None:
         needed = self._num_bytes - self.num_bytes_done
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.content).free
         if free < needed:
             raise ConversionError(
-                f"{self.folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on this disk"
+                f"{self.content}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on this disk"
             )
 
 

@@ -205,6 +205,8 @@ def _listed_shards(path: Path) -> dict[str, list[str]]:
             raise ModelError(f"{path / INDEX_FILE}: no 'weight_map'")
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise ModelError(f"{path / INDEX_FILE}: the file of tensor {name!r} is {shard!r}")
             shards.setdefault(shard, []).append(name)
         return shards
     raise ModelError(f"{path}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")

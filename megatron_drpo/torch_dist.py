@@ -59,7 +59,7 @@ def find_checkpoint(path: str | Path) -> Path:
     candidate = root
     for pointer in (root / TRACKER_FILE, root / "latest", root / "checkpoints" / "latest"):
         if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8").strip()
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
             candidate = pointer.parent / (f"iter_{int(name):07d}" if name.isdecimal() else name)
             break
     if is_torch_dist(candidate):

@@ -13,6 +13,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def qwen3_moe_config(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=48)
@@ -82,11 +83,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard-bytes", type=int, default=10**9, help="of one safetensors file, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     config = qwen3_moe_config(arguments)
     parsed = HfConfig(config, "config.json")
     family = get_family(parsed)
