@@ -70,9 +70,9 @@ class ToHf:
         family = get_family(config)
         self.arch = family.architecture(config)
         self.mapping = family.mapping(self.arch)
-        self._places = Places(self.mapping, find_layout(self.reader.tensors))
+        self.places = Places(self.mapping, find_layout(self.reader.tensors))
         shapes = {key: tensor.shape for key, tensor in self.reader.tensors.items()}
-        check_places(self._places, shapes, f"{self.reader.path} (with {self.config_folder / 'config.json'})")
+        check_places(self.places, shapes, f"{self.reader.path} (with {self.config_folder / 'config.json'})")
         self._check_manifest()
         self.skipped = [key for key in shapes if is_training_state(key)]
         """Keys that are no weights."""
@@ -89,7 +89,7 @@ class ToHf:
         files = sorted(set(self.target.weight_map.values()))
         lines = [
             ("weights", f"{self.target.total_bytes / 1e9:.2f} GB in {len(files)} files"),
-            ("layout", str(self._places.layout)),
+            ("layout", str(self.places.layout)),
             ("dtype", self._describe_options()["dtype"]),
             ("config", str(self.config_folder)),
         ]
@@ -173,7 +173,7 @@ class ToHf:
             self._manifest.check_tensors(self.reader.path, tensors)
 
     def _stored_dtype(self, tensor_map: TensorMap) -> torch.dtype:
-        return self.reader.tensors[self._places[tensor_map.name].key].dtype
+        return self.reader.tensors[self.places[tensor_map.name].key].dtype
 
     def _dtype(self, tensor_map: TensorMap) -> torch.dtype:
         return self.options.dtype or self._stored_dtype(tensor_map)
@@ -209,7 +209,7 @@ class ToHf:
 
     def _cuts(self, tensor_map: TensorMap) -> Callable[[int], bool]:
         """Cutting a stored chunk would mean to read it twice."""
-        place = self._places[tensor_map.name]
+        place = self.places[tensor_map.name]
         row_axis = len(place.leading_shape)
         inside: list[tuple[int, int]] = []
         for chunk in self.reader.chunks_in(place.key, *_rectangle(place, 0, tensor_map.shape)):
@@ -217,12 +217,19 @@ class ToHf:
             inside.append((start, start + chunk.shape[row_axis]))
         return lambda row: not any(start < row < stop for start, stop in inside)
 
+    def read_matrix(self, tensor_map: TensorMap) -> torch.Tensor:
+        """A whole Megatron matrix, without padding."""
+        return self._read(tensor_map, 0, tensor_map.shape[0])
+
+    def _read(self, tensor_map: TensorMap, start: int, stop: int) -> torch.Tensor:
+        place = self.places[tensor_map.name]
+        shape = (stop - start, *tensor_map.shape[1:])
+        return self.reader.read(place.key, *_rectangle(place, start, shape)).view(shape)
+
     def read_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
         """HF tensor, first row and values."""
         tensor_map = self.mapping[piece.name]
-        place = self._places[tensor_map.name]
-        shape = (piece.stop - piece.start, *tensor_map.shape[1:])
-        matrix = self.reader.read(place.key, *_rectangle(place, piece.start, shape)).view(shape)
+        matrix = self._read(tensor_map, piece.start, piece.stop)
         if tensor_map.num_groups > 1:
             parts = [(name, 0, values) for name, values in tensor_map.to_hf(matrix).items()]
         else:

@@ -396,7 +396,7 @@ class PolicyConfig:
     """HF folder: config.json, tokenizer, safetensors. Servers start from it."""
     weights_path: str | None = None
     """torch_dist checkpoint, converted or of a run, whose weights the policy starts from; not given: those of
-    model_path. Any parallel layout. Loading it unpickles: only from a source you trust."""
+    model_path. Any parallel layout."""
     dtype: Dtype = Dtype.bf16
     """Parameters and activations. Main parameters, gradients and optimizer state are fp32 either way."""
     max_tokens_per_micro_batch: int = 8192

@@ -3,8 +3,7 @@
     python tools/random_checkpoint.py FOLDER --layers 8     # 11 GB; all 48 layers: 61 GB
 
 No model is built; memory holds two shards (`--shard-bytes`). Weights lie in +-[2^-7, 2^-5), norms in [1, 2):
-finite, and of such size that the model runs. Every value is random, so that no hash and no filesystem finds
-two alike.
+finite, and of such size that the model runs. No two tensors are alike, to a hash or to a filesystem.
 """
 
 from __future__ import annotations

@@ -97,19 +97,20 @@ def _read_rope(config: HfConfig, default_theta: float | None) -> tuple[float, fl
     transformers 5 writes all of it into `rope_parameters`; earlier versions write `rope_theta`, and
     `rope_scaling` for what scales the positions.
     """
-    rope = config
-    for section in ("rope_scaling", "rope_parameters"):
-        if config.has(section):
-            rope = config.section(section)
-            break
-    theta = (rope if rope.has("rope_theta") else config).get("rope_theta", float, default_theta)
-    if rope is config:
-        return theta, None
+    rope = next(
+        (config.section(key) for key in ("rope_scaling", "rope_parameters") if config.has(key)), config
+    )
+    factor = None if rope is config else _read_rope_scaling(rope)
+    return (rope if rope.has("rope_theta") else config).get("rope_theta", float, default_theta), factor
+
+
+def _read_rope_scaling(rope: HfConfig) -> float | None:
+    """The factor of Llama 3's scaling; None where positions are not scaled."""
     if rope.get("partial_rotary_factor", float, 1.0) != 1.0:
         raise ModelError(f"{rope.source}: 'partial_rotary_factor' other than 1 is not supported")
     kind = rope.get("rope_type", str, rope.get("type", str, "default"))
     if kind == "default":
-        return theta, None
+        return None
     if kind != "llama3":
         raise ModelError(
             f"{rope.source}: rope_type {kind!r} is not supported, only 'default' and 'llama3' are"
@@ -119,7 +120,7 @@ def _read_rope(config: HfConfig, default_theta: float | None) -> tuple[float, fl
             raise ModelError(
                 f"{rope.source}: {key!r} is {rope.get(key, float):g}, Megatron supports {built_in:g} only"
             )
-    return theta, rope.get("factor", float)
+    return rope.get("factor", float)
 
 
 # -------------------------------------------------------------------------------------------- mapping

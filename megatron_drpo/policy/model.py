@@ -147,7 +147,8 @@ def _use_own_modules(layer: Any) -> None:
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if submodules.mlp.module is not MoELayer:
+    mlp = submodules.mlp  # a ModuleSpec; since megatron-core 0.19 a partial
+    if getattr(mlp, "module", getattr(mlp, "func", None)) is not MoELayer:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     submodules.sharded_state_dict_keys_map = keys
 

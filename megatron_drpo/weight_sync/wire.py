@@ -13,7 +13,8 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def encode_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
         for (name, tensor), start in zip(tensors, starts, strict=True)
     ]
     buffer = io.BytesIO()
-    _TensorPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(placed)
+    with _torchs_own_loader():
+        _TensorPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(placed)
     return base64.b64encode(buffer.getbuffer())
 
 
@@ -120,6 +122,29 @@ def _load_storage(data: bytes) -> torch.TypedStorage | torch.UntypedStorage:
     return storage
 
 
+def _load_from_bytes(b: bytes) -> torch.TypedStorage | torch.UntypedStorage:
+    """Pickled by the name of torch's function."""
+    return _load_storage(b)
+
+
+_load_from_bytes.__module__ = "torch.storage"
+
+
+@contextmanager
+def _torchs_own_loader() -> Iterator[None]:
+    """A storage is pickled as a call of whatever torch.storage._load_from_bytes is at that moment.
+
+    megatron-core 0.19 puts a function of its own there, which servers neither have nor allow.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.19.2/megatron/core/__init__.py
+    """
+    found = torch.storage._load_from_bytes
+    torch.storage._load_from_bytes = _load_from_bytes
+    try:
+        yield
+    finally:
+        torch.storage._load_from_bytes = found
+
+
 _DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.uint8, torch.int8, torch.int32, torch.int64),
@@ -128,6 +153,7 @@ _ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): torch._utils._rebuild_tensor_v3,
     ("torch.storage", "_load_from_bytes"): _load_storage,
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): _load_storage,
     ("collections", "OrderedDict"): OrderedDict,
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
 }

@@ -165,7 +165,7 @@ def _break_config(folder: Path) -> None:
         (_truncate_weights, ["model.safetensors", "truncated"]),
         (_list_a_missing_shard, ["model-00002-of-00002.safetensors"]),
         (_break_config, ["config.json"]),
-        (_change_config(model_type="llama"), ["llama", "qwen3_moe"]),
+        (_change_config(model_type="gemma"), ["gemma", "qwen3_moe"]),
         (_change_config(num_hidden_layers=6), ["model.layers.4"]),
         (_change_config(hidden_size=128), ["128"]),
         (_change_config(rope_scaling={"type": "yarn"}), ["rope_scaling"]),

@@ -84,7 +84,9 @@ FACTORY_VALUES = {
 def test_each_replacement_is_needed(run_distributed: Callable[..., list[Any]]) -> None:
     (failures,) = run_distributed(_what_fails_unprepared, 1)
     assert failures.pop("Tensor.type") == "torch.FloatTensor"
-    assert "works" not in failures.values(), failures
+    megatron = versions.installed_version("megatron-core") or ""
+    later = set() if megatron.startswith("0.16.") else {"te_general_gemm"}
+    assert {name for name, how in failures.items() if how == "works"} == later, failures
 
 
 def test_prepare_again_changes_nothing(cpu_platform: Platform) -> None:

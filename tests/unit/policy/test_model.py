@@ -227,7 +227,15 @@ def test_tied_embeddings_share_one_parameter(build_model: Callable[..., PolicyMo
 
 @pytest.mark.parametrize(
     ("vocab_size", "tensor_size", "expected"),
-    [(1, 1, 128), (128, 1, 128), (129, 1, 256), (101, 2, 256), (151936, 8, 152576)],
+    [
+        (1, 1, 128),
+        (128, 1, 128),
+        (129, 1, 256),
+        (101, 2, 256),
+        (49152, 3, 49152),
+        (101, 3, 384),
+        (151936, 8, 152576),
+    ],
 )
 def test_padded_vocabulary(vocab_size: int, tensor_size: int, expected: int) -> None:
     assert padded_vocabulary_size(vocab_size, tensor_size) == expected
