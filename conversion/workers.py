@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -126,6 +127,7 @@ def _as_completed(futures: dict[Future[Any], Any], tick: Callable[[], None]) -> 
 def _start_worker(work: Work, counter: Any, parent_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     die_with_parent(parent_pid)
+    torch.set_num_threads(1)  # OpenMP hangs in a fork of a process that has used its threads
     _Worker.work = work
     _Worker.counter = counter
 

@@ -22,6 +22,7 @@ from megatron_drpo.errors import CheckpointError, ConversionError, ModelError
 from megatron_drpo.fp8 import dequantize_blockwise, quantize_blockwise
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.places import KeyLayout
+from tools.tiny_model import write_tiny_moe
 
 HOMOGENEOUS = ["dense_tied", "qwen2", "qwen2_tied", "llama", "llama_tied", "moe", "moe_bf16"]
 MIXED = ["moe_mixed", "moe_sparse_step_tied"]
@@ -90,6 +91,20 @@ def test_every_output_is_the_same_again(hf_model: Callable[[str], Path], tmp_pat
     assert len(files) > 10
     same, different, absent = filecmp.cmpfiles(checkpoints[0], checkpoints[1], files, shallow=False)
     assert (same, different, absent) == (files, [], [])
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_has_used_threads_can_convert(tmp_path: Path) -> None:
+    """Workers are forked, and OpenMP does not survive that: a cast in them would hang."""
+    write_tiny_moe(tmp_path / "hf", num_layers=1, hidden_size=512)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.zeros(2**20).add_(1)
+        target = to_megatron(tmp_path / "hf", tmp_path / "megatron", dtype=torch.bfloat16)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert TorchDistReader(target).tensors["output_layer.weight"].dtype == torch.bfloat16
 
 
 def test_large_tensors_are_cut_and_files_sharded(
