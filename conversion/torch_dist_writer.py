@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from conversion.integrity import INTEGRITY_FILE
 from conversion.torch_dist_reader import Chunk
-from conversion.workspace import start_writeback
+from conversion.workspace import flush_path, start_writeback
 from megatron_drpo.torch_dist import COMMON_FILE, CONFIG_FILE, METADATA_FILE
 
 _OBJECTS_FILE = "__objects_0.distcp"
@@ -61,6 +61,7 @@ class DataFile:
             if kind is None:
                 os.fsync(self._descriptor)
                 self._partial.rename(self.path)
+                flush_path(self.path.parent)
         finally:
             os.close(self._descriptor)
 
