@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from conversion.hf_source import HfSource
-from conversion.integrity import INTEGRITY_FILE
+from conversion.integrity import INTEGRITY_FILE, read_integrity
 from conversion.manifest import MANIFEST_FILE, Manifest, hash_rows, read_manifest
 from conversion.plan import Unit
 from conversion.to_hf import ToHf
@@ -20,14 +19,9 @@ from megatron_drpo.hf_io import HfFolder
 
 def check_files(folder: Path, *, num_workers: int) -> list[str]:
     """Every file of a checkpoint against the SHA-256 in integrity.json; problems as sentences."""
-    file = folder / INTEGRITY_FILE
-    try:
-        expected: dict[str, str] = json.loads(file.read_text("utf-8"))["files"]
-        names = {str(name): str(digest) for name, digest in expected.items()}
-    except FileNotFoundError:
-        return [f"{file}: missing: nothing to compare the files with"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"{file}: damaged: {error!r}"]
+    names = read_integrity(folder)
+    if names is None:
+        return [f"{folder / INTEGRITY_FILE}: missing: nothing to compare the files with"]
     problems = [f"{folder / name}: missing" for name in names if not (folder / name).is_file()]
     problems += [
         f"{path}: not listed in {INTEGRITY_FILE}"

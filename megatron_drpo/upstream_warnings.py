@@ -13,6 +13,7 @@ EXPECTED = (
     "The .grad attribute of a Tensor that is not a leaf",
     "`sequence_parallel` is set to",
     "When using sequence parallelism it is recommended to set",
+    "When using async grad allreduce it is recommended to set",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
     "`load_state_dict` is deprecated and will be removed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import pytest
 import torch
 import transformers
 
+from conversion import hf_to_megatron, megatron_to_hf
+from conversion.to_hf import ToHfOptions
+from conversion.to_megatron import ToMegatronOptions
 from megatron_drpo.config import (
     Config,
     DataConfig,
@@ -62,6 +65,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def converted(smollm2: Path) -> Path:
+    """The same as a torch_dist checkpoint."""
+    target = smollm2.with_name("megatron")
+    hf_to_megatron.convert(smollm2, target, ToMegatronOptions())
+    return target
+
+
+@pytest.fixture(scope="module")
 def reference(smollm2: Path) -> transformers.LlamaForCausalLM:
     """The model in transformers."""
     return transformers.LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
@@ -100,6 +111,16 @@ def test_it_speaks_english(smollm2: Path, reference: Any) -> None:
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
+def test_round_trip(smollm2: Path, converted: Path, tmp_path: Path) -> None:
+    """HF -> Megatron -> HF, bit for bit."""
+    megatron_to_hf.convert(converted, tmp_path / "back", ToHfOptions())
+    original, back = HfFolder(smollm2), HfFolder(tmp_path / "back")
+    assert original.keys() == back.keys()
+    for name in original:
+        assert torch.equal(back.get(name).view(torch.int32), original.get(name).view(torch.int32)), name
+    assert load_tokenizer(str(tmp_path / "back")).chat_template == load_tokenizer(str(smollm2)).chat_template
+
+
 def make_batch(smollm2: Path) -> MicroBatch:
     """The chats, packed; the answers are the responses."""
     tokenizer = load_tokenizer(str(smollm2))
@@ -121,31 +142,14 @@ def make_batch(smollm2: Path) -> MicroBatch:
     return pack(sequences, [s.advantages for s in sequences], pad_to_multiple=6)
 
 
-class LogitsForward:
-    """Megatron's forward_step_func that collects [T, V] logits."""
-
-    def __init__(self, *, sequence_parallel: bool) -> None:
-        self.sequence_parallel = sequence_parallel
-
-    def __call__(self, batches: Iterator[MicroBatch], module: Any) -> tuple[torch.Tensor, Any]:
-        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-        from megatron_drpo.policy.forward import last_hidden_states, run_model
-
-        def collect(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            hidden_TH = last_hidden_states(hidden, sequence_parallel=self.sequence_parallel)
-            return gather_from_tensor_model_parallel_region(hidden_TH @ module.output_weight().T)
-
-        return run_model(next(batches), module), collect
-
-
 @torch.no_grad()
 def differences(
-    path: Path, parallel: ParallelConfig, batch: MicroBatch, expected: Path
+    path: Path, checkpoint: Path, parallel: ParallelConfig, batch: MicroBatch, expected: Path
 ) -> tuple[float, float]:
     """Largest absolute difference to `expected` of this rank's logits and of the op's logprobs; 0 before the
     last stage."""
-    from megatron_drpo.models.load import load_hf_weights
+    from conversion.check_megatron import LogitsForward
+    from megatron_drpo.models.load_megatron import load_megatron_weights
     from megatron_drpo.policy.forward import ForwardSettings, LogprobForward
     from megatron_drpo.policy.kernels import build_row_kernels
     from megatron_drpo.policy.logprobs import LogprobSettings
@@ -167,7 +171,7 @@ def differences(
     chunks = build_model_chunks(
         build_transformer_config(config, arch, platform), arch, platform, state.device
     )
-    load_hf_weights(chunks, folder, family.mapping(arch))
+    load_megatron_weights(chunks, checkpoint, family.mapping(arch))
     settings = ForwardSettings(
         logprobs=LogprobSettings(
             vocab_size=arch.vocab_size,
@@ -196,20 +200,24 @@ def differences(
 
 
 def differences_of_all(
-    path: Path, layouts: list[ParallelConfig], batch: MicroBatch, expected: Path
+    path: Path, checkpoint: Path, layouts: list[ParallelConfig], batch: MicroBatch, expected: Path
 ) -> list[tuple[float, float]]:
-    return [differences(path, parallel, batch, expected) for parallel in layouts]
+    return [differences(path, checkpoint, parallel, batch, expected) for parallel in layouts]
 
 
 @pytest.mark.parametrize("layouts", [[PP2], [TP3, TP3_SP, PP3]], ids=["two ranks", "three ranks"])
 def test_logits_and_logprobs_are_those_of_transformers(
     smollm2: Path,
+    converted: Path,
     reference: transformers.LlamaForCausalLM,
     run_distributed: Callable[..., list[Any]],
     tmp_path: Path,
     layouts: list[ParallelConfig],
 ) -> None:
-    """fp32, each sequence as if it were alone; measured: 7e-5 for logits, 2e-5 for logprobs."""
+    """Of the converted checkpoint, in fp32, each sequence as if it were alone.
+
+    Measured: 7e-5 for logits, 2e-5 for logprobs.
+    """
     batch = make_batch(smollm2)
     bounds = batch.cu_seqlens.tolist()
     sequences = [batch.token_ids_T[start:stop] for start, stop in itertools.pairwise(bounds)]
@@ -221,6 +229,7 @@ def test_logits_and_logprobs_are_those_of_transformers(
         differences_of_all,
         layouts[0].world_size,
         smollm2,
+        converted,
         layouts,
         batch,
         tmp_path / "expected.pt",
