@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from conversion.workspace import start_writeback
 from megatron_drpo.hf_io import shard_file
 from megatron_drpo.safetensors_header import build_header
 
@@ -66,11 +67,13 @@ class HfTarget:
         place = self._places[name]
         if place.file not in self._descriptors:
             self._descriptors[place.file] = os.open(folder / place.file, os.O_WRONLY)
+        descriptor = self._descriptors[place.file]
         view = memoryview(as_bytes(values))
-        position = place.position + row * place.row_bytes
+        start = position = place.position + row * place.row_bytes
         while view:
-            count = os.pwrite(self._descriptors[place.file], view, position)
+            count = os.pwrite(descriptor, view, position)
             view, position = view[count:], position + count
+        start_writeback(descriptor, start, position - start)
 
     def flush(self) -> None:
         """Have what this process wrote on the disk."""

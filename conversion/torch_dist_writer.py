@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from conversion.integrity import INTEGRITY_FILE
 from conversion.torch_dist_reader import Chunk
+from conversion.workspace import flush_path, start_writeback
 from megatron_drpo.torch_dist import COMMON_FILE, CONFIG_FILE, METADATA_FILE
 
 _OBJECTS_FILE = "__objects_0.distcp"
@@ -60,6 +61,7 @@ class DataFile:
             if kind is None:
                 os.fsync(self._descriptor)
                 self._partial.rename(self.path)
+                flush_path(self.path.parent)
         finally:
             os.close(self._descriptor)
 
@@ -77,6 +79,7 @@ class DataFile:
                 raise self._error from None
             raise
         self.places.append((start, self._position - start))
+        start_writeback(self._descriptor, *self.places[-1])
 
     def write(self, content: Any) -> int:
         """Called by torch.save."""

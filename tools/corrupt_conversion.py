@@ -1,8 +1,8 @@
 """Proof that a conversion refuses what is wrong: `python tools/corrupt_conversion.py`.
 
 Folders and checkpoints of a tiny model are damaged in one way each, or the target cannot be written. Every
-conversion must then end with an exit status other than 0 and a message that names the file or the tensor,
-without a traceback, and TARGET must not exist.
+conversion or verification must then end with an exit status other than 0 and a message that names the file or
+the tensor, without a traceback, and TARGET must not exist.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from conversion import hf_to_megatron, megatron_to_hf
+from conversion import hf_to_megatron, megatron_to_hf, verify
 from megatron_drpo.hf_io import HfFolder, HfWriter
-from tools.corruptions import RELEASE, Action, Case, Kind, all_cases
+from tools.corruption_case import Action, Case, Kind
+from tools.corruptions import RELEASE, all_cases
 from tools.tiny_model import write_tiny_moe
 
-MAINS: dict[Action, Callable[[Sequence[str]], int]] = {
-    Action.to_megatron: hf_to_megatron.main,
-    Action.to_hf: megatron_to_hf.main,
+COMMANDS: dict[Action, Callable[[str, str], int]] = {
+    Action.to_megatron: lambda source, target: hf_to_megatron.main([source, target, *OPTIONS]),
+    Action.to_hf: lambda source, target: megatron_to_hf.main([source, target, *OPTIONS]),
+    Action.verify: lambda source, target: verify.main([source, "--workers", "2"]),
 }
+OPTIONS = ("--workers", "2", "--unit-mib", "1")
 TIMEOUT_S = 60.0
 SHARD_BYTES = 600_000
 
@@ -114,7 +117,7 @@ def _run_main(action: Action, source: Path, target: Path, log: Path, setting: Ca
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
     setting()
-    sys.exit(MAINS[action]([str(source), str(target), "--workers", "2", "--unit-mib", "1"]))
+    sys.exit(COMMANDS[action](str(source), str(target)))
 
 
 def _convert(action: Action, source: Path, target: Path, log: Path) -> None:

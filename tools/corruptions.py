@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conversion import hf_to_megatron, megatron_to_hf, workspace
 from megatron_drpo.hf_io import INDEX_FILE
+from tools.bad_surroundings import settings
+from tools.corruption_case import Action, Case, Kind
 from tools.damage import (
     Damage,
     append,
+    create,
     edit_json,
     edit_tensors,
     flip,
     flip_at,
-    limit_file_size,
-    obey_permissions,
     overwrite,
     remove,
     set_config,
@@ -33,139 +30,12 @@ from tools.damage import (
     without,
 )
 
-
-class Kind(StrEnum):
-    """What a case starts from."""
-
-    plain_hf = "HF folder"
-    """Of several files, without hashes."""
-    hf = "converted HF folder"
-    checkpoint = "checkpoint"
-    """Converted: with hashes."""
-    plain_checkpoint = "checkpoint without hashes"
-
-
-class Action(StrEnum):
-    """What must notice."""
-
-    to_megatron = "to Megatron"
-    to_hf = "to HF"
-
-
-Setting = Callable[[Path, Path], None]
-"""Called in the process that converts, with source and target, before it does."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One corruption, and what the message must name."""
-
-    name: str
-    kind: Kind
-    action: Action
-    names: str
-    """Regular expression."""
-    damage: Damage = lambda folder: None
-    setting: Setting = lambda source, target: None
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.name}".replace(" ", "_")
-
-
 FIRST = "model-00001-of-*.safetensors"
 LAST = "model-*.safetensors"
 RELEASE = "release"
 EMBEDDING = "model.embed_tokens.weight"
 EXPERT = "model.layers.1.mlp.experts.5.down_proj.weight"
 NORM = "model.norm.weight"
-
-
-# ------------------------------------------------------------------------------------------ settings
-
-
-def _parent_is_a_file(source: Path, target: Path) -> None:
-    target.parent.parent.mkdir(parents=True, exist_ok=True)
-    target.parent.write_text("")
-
-
-def _parent_is_read_only(source: Path, target: Path) -> None:
-    target.parent.mkdir()
-    target.parent.chmod(0o555)
-    obey_permissions()
-
-
-def _target_exists(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-
-
-def _other_conversion_unfinished(source: Path, target: Path) -> None:
-    content = target.parent / f".{target.name}.converting"
-    content.mkdir(parents=True)
-    content.with_suffix(".converting.jsonl").write_text('{"conversion":"another"}\n')
-
-
-def _disk_is_full(source: Path, target: Path) -> None:
-    limit_file_size(100_000)
-
-
-def _disk_is_small(source: Path, target: Path) -> None:
-    usage = shutil.disk_usage(source)._replace(free=1000)
-    workspace.shutil.disk_usage = lambda path: usage  # type: ignore[assignment]
-
-
-def _around_the_units(before: Callable[[Path], None], after: Callable[[Path], None]) -> Setting:
-    """Something happens to the source between the plan and the units, or between them and the end."""
-
-    def setting(source: Path, target: Path) -> None:
-        for module in (hf_to_megatron, megatron_to_hf):
-            run_units = module.run_units
-
-            def around(*arguments: Any, _run: Callable[..., None] = run_units, **options: Any) -> None:
-                before(source)
-                _run(*arguments, **options)
-                after(source)
-
-            module.run_units = around
-
-    return setting
-
-
-def _nothing(source: Path) -> None:
-    return None
-
-
-def _touch_weights(source: Path) -> None:
-    for file in (*source.rglob("*.safetensors"), *source.rglob("*.distcp")):
-        os.utime(file, ns=(0, 0))
-
-
-def _vanish(source: Path) -> None:
-    shutil.rmtree(source)
-
-
-def _fill_disk(source: Path) -> None:
-    limit_file_size(10_000)
-
-
-# Name, what the message must name (of the target TARGET, of the source SOURCE), what happens.
-_SETTINGS: tuple[tuple[str, str, Setting], ...] = (
-    ("target exists", "TARGET: exists already", _target_exists),
-    ("target below a file", "TARGET_FOLDER", _parent_is_a_file),
-    ("target's folder is read-only", "TARGET_FOLDER", _parent_is_read_only),
-    ("target has another unfinished conversion", "TARGET_FOLDER.*unfinished", _other_conversion_unfinished),
-    ("disk is too small", "TARGET_FOLDER.*GB are needed", _disk_is_small),
-    ("disk is full", "TARGET_FOLDER.*(File too large|No space)", _disk_is_full),
-    ("disk is full at the end", "TARGET_FOLDER.*File too large", _around_the_units(_nothing, _fill_disk)),
-    ("source vanishes", "SOURCE", _around_the_units(_vanish, _nothing)),
-    ("source vanishes at the end", "SOURCE|TARGET_FOLDER", _around_the_units(_nothing, _vanish)),
-    ("source is written to meanwhile", "TARGET.*input changed", _around_the_units(_touch_weights, _nothing)),
-)
-
-
-def settings() -> Iterator[Case]:
-    for kind, action in ((Kind.plain_hf, Action.to_megatron), (Kind.checkpoint, Action.to_hf)):
-        for name, names, setting in _SETTINGS:
-            yield Case(name, kind, action, names, setting=setting)
 
 
 # ----------------------------------------------------------------------------------------- HF folders
@@ -281,7 +151,7 @@ def hashes() -> Iterator[Case]:
     ):
         file = f"{prefix}conversion.json"
         for name, damage in (
-            ("a hash", flip(file, f'"{EMBEDDING}": [\n   [\n    0,', at=len(EMBEDDING) + 30)),
+            ("a hash", flip(file, f'"{EMBEDDING}": [\n   [\n    0,', at=len(EMBEDDING) + 35)),
             ("a tensor's name", flip(file, f'"{EXPERT}": [', at=1)),
             ("a row", flip(file, f'"{EXPERT}": [\n   [\n    0', at=len(EXPERT) + 15)),
             ("a number of rows", flip(file, f'"{EXPERT}": [\n   [\n    0,\n    ', at=len(EXPERT) + 22)),
@@ -373,6 +243,49 @@ _WITH_HASHES: tuple[tuple[str, str, Damage], ...] = (
 )
 
 
+def for_verify() -> Iterator[Case]:
+    """Bits that a conversion does not read, or only as it reads any other weights."""
+    central = "PK\1\2"
+    for name, names, damage in (
+        ("padding of an archive", "__0_0.distcp", flip("__0_0.distcp", "ZZZZ", at=1)),
+        ("time in an archive", "__0_0.distcp", flip("__0_0.distcp", "PK\3\4", at=10)),
+        ("checksum in an archive", "__0_0.distcp", flip("__0_0.distcp", central, at=16)),
+        ("last byte of a file", "__1_0.distcp", flip_at("__1_0.distcp", -1)),
+        ("a bit of the data", "__1_0.distcp", flip_at("__1_0.distcp", 40_000)),
+        ("a byte too many", "__0_0.distcp", append("__0_0.distcp", b"\0")),
+        ("an empty object", "__objects_0.distcp", flip_at("__objects_0.distcp", 100)),
+        ("a file too many", r"__9_0\.distcp", create("__9_0.distcp")),
+        ("integrity.json: hash of data", "__0_0.distcp", flip("integrity.json", '"__0_0.distcp": "', at=20)),
+        ("integrity.json: a file less", "__0_0", edit_json("integrity.json", _unlist("__0_0.distcp"))),
+        ("conversion.json: the source's name", r"conversion\.json", flip("conversion.json", "plain", at=1)),
+        ("conversion.json is missing", r"conversion\.json", remove("conversion.json")),
+        ("integrity.json is missing", r"integrity\.json", remove("integrity.json")),
+    ):
+        yield Case(name, Kind.checkpoint, Action.verify, names, _inside(damage))
+    data = "model.safetensors"
+    for name, damage in (
+        ("first byte of the data", _flip_data(data, 0)),
+        ("last byte of the data", flip_at(data, -1)),
+        ("header's length", flip_at(data, 0)),
+        ("a byte too many", append(data, b"\0")),
+    ):
+        yield Case(name, Kind.hf, Action.verify, data, damage)
+    yield Case(
+        "conversion.json: a hash",
+        Kind.hf,
+        Action.verify,
+        EMBEDDING,
+        flip("conversion.json", f'"{EMBEDDING}": [\n   [\n    0,', at=len(EMBEDDING) + 35),
+    )
+
+
+def _unlist(name: str) -> Callable[[Any], None]:
+    def edit(values: Any) -> None:
+        del values["files"][name]
+
+    return edit
+
+
 def all_cases() -> list[Case]:
-    groups = (safetensors_files, tensors, configs, hashes, checkpoints, settings)
+    groups = (safetensors_files, tensors, configs, hashes, checkpoints, for_verify, settings)
     return [case for group in groups for case in group()]

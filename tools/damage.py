@@ -73,6 +73,11 @@ def overwrite(name: str, content: bytes) -> Damage:
     return lambda folder: _discard(_file(folder, name).write_bytes(content))
 
 
+def create(name: str) -> Damage:
+    """An empty file."""
+    return lambda folder: (folder / name).touch()
+
+
 def remove(name: str) -> Damage:
     return lambda folder: _file(folder, name).unlink()
 

@@ -8,7 +8,8 @@ import pytest
 
 from conversion.hf_to_megatron import main as hf_to_megatron
 from tools.corrupt_conversion import Originals, try_case
-from tools.corruptions import Action, Case, Kind, all_cases
+from tools.corruption_case import Action, Case, Kind
+from tools.corruptions import all_cases
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,12 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
 def test_corruption_is_refused(case: Case, originals: Originals, tmp_path: Path) -> None:
     outcome = try_case(case, originals, tmp_path)
     assert outcome.problems == (), outcome.message
+
+
+@pytest.mark.parametrize("kind", [Kind.hf, Kind.checkpoint])
+def test_undamaged_output_is_verified(kind: Kind, originals: Originals, tmp_path: Path) -> None:
+    outcome = try_case(Case("nothing", kind, Action.verify, ""), originals, tmp_path)
+    assert outcome.problems == ("exit status 0",)
 
 
 @pytest.mark.parametrize(

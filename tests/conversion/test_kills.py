@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tools.corrupt_conversion import MAINS, Originals
-from tools.corruptions import Action, Kind
+from conversion import hf_to_megatron, megatron_to_hf
+from tools.corrupt_conversion import OPTIONS, Originals
+from tools.corruption_case import Action, Kind
 from tools.crash_points import CrashPoint
 
+MAINS = {Action.to_megatron: hf_to_megatron.main, Action.to_hf: megatron_to_hf.main}
 SOURCES = {Action.to_megatron: Kind.plain_hf, Action.to_hf: Kind.checkpoint}
 
 
@@ -36,7 +38,7 @@ def convert(action: Action, source: Path, target: Path, options: list[str], cras
     def run() -> None:
         if crash:
             CrashPoint(crash, target.parent, in_children=where == "worker")
-        raise SystemExit(MAINS[action]([str(source), str(target), "--unit-mib", "1", *options]))
+        raise SystemExit(MAINS[action]([str(source), str(target), *OPTIONS, *options]))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -53,7 +55,7 @@ def test_every_crash_point(
     action: Action, where: str, overwrite: bool, originals: Originals, tmp_path: Path
 ) -> None:
     source = originals[SOURCES[action]]
-    options = ["--workers", "2", *(["--overwrite"] if overwrite else [])]
+    options = ["--overwrite"] if overwrite else []
     assert convert(action, source, tmp_path / "undisturbed", options, 0, where) == 0
     expected = file_hashes(tmp_path / "undisturbed")
     crash, status = 0, -1
