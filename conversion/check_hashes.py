@@ -10,7 +10,7 @@ import torch
 
 from conversion.hf_source import HfSource
 from conversion.integrity import INTEGRITY_FILE, read_integrity
-from conversion.manifest import MANIFEST_FILE, Manifest, hash_rows, read_manifest
+from conversion.manifest import Manifest, hash_rows, read_manifest
 from conversion.plan import Unit
 from conversion.to_hf import ToHf
 from conversion.workers import check_jobs
@@ -70,26 +70,25 @@ def check_tensors(
             count(piece.num_bytes)
         return problems
 
-    problems = [] if manifest is None else _check_coverage(manifest, dict(checkpoint.mapping.hf_shapes))
-    return problems + check_jobs(
+    return check_jobs(
         checkpoint.units, work, total=checkpoint.num_bytes, num_workers=num_workers, title="tensors"
     )
 
 
 def check_hf_folder(path: Path, *, num_workers: int) -> list[str]:
-    """Every tensor of a converted HF folder against its hashes; problems as sentences."""
+    """Every tensor of a converted HF folder against its hashes; problems as sentences.
+
+    Raises:
+        DrpoError: it was not converted by these tools, is damaged, or has other tensors than were written.
+    """
     folder, manifest = HfFolder(path), read_manifest(path)
-    shapes = {name: folder.shape(name) for name in folder}
-    problems = _check_coverage(manifest, shapes)
-    problems += [
-        f"{path}: tensor {name!r} is {found}, {MANIFEST_FILE} says {manifest.dtypes.get(name)}"
-        for name in folder
-        if (found := str(folder.dtype(name)).removeprefix("torch.")) != manifest.dtypes.get(name)
-    ]
+    tensors = {name: (folder.shape(name), folder.dtype(name)) for name in folder}
+    manifest.check_tensors(path, tensors)
 
     def work(name: str, count: Callable[[int], None]) -> list[str]:
         found: list[str] = []
-        row_bytes = torch.Size(shapes[name][1:]).numel() * folder.dtype(name).itemsize
+        shape, dtype = tensors[name]
+        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
         for row, num_rows, _ in manifest.hashes[name]:
             rows = folder.get_slice(name, slice(row, row + num_rows))
             problem = manifest.problem(name, row, rows)
@@ -98,21 +97,5 @@ def check_hf_folder(path: Path, *, num_workers: int) -> list[str]:
             count(num_rows * row_bytes)
         return found
 
-    names = [name for name in folder if name in manifest.hashes]
-    total = sum(torch.Size(shapes[name]).numel() * folder.dtype(name).itemsize for name in names)
-    return problems + check_jobs(names, work, total=total, num_workers=num_workers, title="tensors")
-
-
-def _check_coverage(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The manifest has a hash for every row of exactly these tensors."""
-    problems = [f"{MANIFEST_FILE}: no hash for {name!r}" for name in shapes if name not in manifest.hashes]
-    problems += [
-        f"tensor {name!r} of {MANIFEST_FILE} is missing" for name in manifest.hashes if name not in shapes
-    ]
-    for name, entries in manifest.hashes.items():
-        row = 0
-        for first, count, _ in entries:
-            row = row + count if first == row else -1
-        if name in shapes and row != shapes[name][0]:
-            problems.append(f"{MANIFEST_FILE}: the hashes of {name!r} do not cover its rows once")
-    return problems
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors.values())
+    return check_jobs(list(tensors), work, total=total, num_workers=num_workers, title="tensors")
