@@ -46,7 +46,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=positive,
-        default=min(4, os.cpu_count() or 1),
+        default=min(4, 2 * (os.cpu_count() or 1)),  # they wait for the disk half of the time
         help="processes; default: %(default)s",
     )
     parser.add_argument(
