@@ -10,7 +10,7 @@ import torch
 
 from conversion.hf_source import HfSource
 from conversion.integrity import INTEGRITY_FILE, read_integrity
-from conversion.manifest import Manifest, hash_rows, read_manifest
+from conversion.manifest import Manifest, find_manifest, hash_rows, read_manifest
 from conversion.plan import Unit
 from conversion.to_hf import ToHf
 from conversion.workers import check_jobs
@@ -38,6 +38,9 @@ def check_files(folder: Path, *, num_workers: int) -> list[str]:
                 count(len(block))
         return [] if digest.hexdigest() == names[name] else [f"{folder / name}: SHA-256 differs"]
 
+    manifest = find_manifest(folder)
+    if manifest is not None:
+        problems += manifest.file_problems(folder)
     total = sum((folder / name).stat().st_size for name in present)
     return problems + check_jobs(present, work, total=total, num_workers=num_workers, title="files")
 
@@ -98,4 +101,5 @@ def check_hf_folder(path: Path, *, num_workers: int) -> list[str]:
         return found
 
     total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors.values())
-    return check_jobs(list(tensors), work, total=total, num_workers=num_workers, title="tensors")
+    problems = check_jobs(list(tensors), work, total=total, num_workers=num_workers, title="tensors")
+    return manifest.file_problems(path) + problems

@@ -38,7 +38,12 @@ def convert(
     conversion = ToMegatron(source, options)
     conversion.check_tied_copy()
     with Workspace(
-        target, conversion.description(), conversion.num_bytes, overwrite=overwrite, restart=restart
+        target,
+        conversion.description(),
+        conversion.num_bytes,
+        sources=[source],
+        overwrite=overwrite,
+        restart=restart,
     ) as workspace:
         if not workspace.is_published:
             _fill(workspace, conversion, num_workers, title=f"{source} -> {target}")

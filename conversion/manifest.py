@@ -7,7 +7,7 @@ back without a cast ends with the hashes it began with.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Manifest:
     """HF tensor -> dtype in the output."""
     hashes: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
     """HF tensor -> (first row, rows, XXH3-128 of their bytes), in order of the rows."""
+    files: dict[str, str] = field(default_factory=dict)
+    """config.json, tokenizer and the like, by path: XXH3-128."""
     algorithm: str = _ALGORITHM
     format_version: int = _FORMAT_VERSION
 
@@ -75,6 +77,21 @@ class Manifest:
                 f"{folder / MANIFEST_FILE} is not of these weights: {'; '.join(shown)}. If they were changed "
                 "on purpose, remove it"
             )
+
+    def add_files(self, folder: Path, files: Iterable[Path]) -> None:
+        """Note small files of the output."""
+        for file in files:
+            self.files[file.relative_to(folder).as_posix()] = _hash_file(file)
+
+    def file_problems(self, folder: Path) -> list[str]:
+        """Files that are not as they were written, as sentences."""
+        problems: list[str] = []
+        for name, digest in self.files.items():
+            if not (folder / name).is_file():
+                problems.append(f"{folder / name}: missing")
+            elif _hash_file(folder / name) != digest:
+                problems.append(f"{folder / name}: its hash is not the one in {MANIFEST_FILE}")
+        return problems
 
     def add(self, name: str, row: int, num_rows: int, digest: str) -> None:
         self.hashes.setdefault(name, []).append((row, num_rows, digest))
@@ -123,12 +140,16 @@ def _check_types(manifest: Manifest) -> None:
     """Raise ValueError or TypeError if a field is not what it should be."""
     if manifest.algorithm != _ALGORITHM:
         raise ValueError(f"'algorithm' is {manifest.algorithm!r}, not {_ALGORITHM!r}")
-    if not isinstance(manifest.hashes, dict) or not isinstance(manifest.dtypes, dict):
-        raise TypeError("'hashes' and 'dtypes' must be objects")
+    if not all(isinstance(field, dict) for field in (manifest.hashes, manifest.dtypes, manifest.files)):
+        raise TypeError("'hashes', 'dtypes' and 'files' must be objects")
     for name, entries in manifest.hashes.items():
         for first, count, digest in entries:
             if not (type(first) is int and type(count) is int and type(digest) is str):
                 raise TypeError(f"the hashes of {name!r} are not two integers and a text each")
+
+
+def _hash_file(file: Path) -> str:
+    return xxhash.xxh3_128(file.read_bytes()).hexdigest()
 
 
 def hash_rows(rows: torch.Tensor) -> str:

@@ -38,9 +38,13 @@ def convert(
         DrpoError: says what is wrong, where, and how to go on.
     """
     conversion = ToHf(source, config_folder, options)
-    num_bytes = conversion.target.total_bytes
     with Workspace(
-        target, conversion.description(), num_bytes, overwrite=overwrite, restart=restart
+        target,
+        conversion.description(),
+        conversion.target.total_bytes,
+        sources=[conversion.reader.path, conversion.config_folder],
+        overwrite=overwrite,
+        restart=restart,
     ) as workspace:
         if not workspace.is_published:
             _fill(workspace, conversion, num_workers, title=f"{source} -> {target}")

@@ -7,14 +7,17 @@ every matrix, and with it every row of every HF tensor, is in exactly one piece.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_drpo.errors import ConversionError
+from megatron_drpo.fp8 import BLOCK
 from megatron_drpo.models.mapping import MegatronName, ParameterMapping, TensorMap
 
-PIECE_BYTES = 64 * 2**20
+PIECE_ELEMENTS = 32 * 2**20
+"""64 MiB in bf16. Not bytes: pieces, which hashes are of, must not depend on the dtype read or written."""
 UNIT_BYTES = 512 * 2**20
 """By default."""
 
@@ -59,32 +62,35 @@ def hf_runs(tensor_map: TensorMap, piece: Piece) -> list[HfRun]:
 def cut(
     tensor_map: TensorMap,
     num_rows: int,
-    row_bytes: int,
+    itemsize: int,
     *,
     may_cut: Callable[[int], bool] = lambda row: True,
     hf_multiple: int = 1,
 ) -> Iterator[Piece]:
-    """Cut a matrix into pieces of at most PIECE_BYTES where that is possible.
+    """Cut a matrix into pieces of at most PIECE_ELEMENTS where that is possible.
 
     Args:
         num_rows: of the matrix, padding included.
-        row_bytes: of one row in the target.
+        itemsize: bytes of an element in the target.
         may_cut: whether there may be a cut before this row; between HF tensors and before the padding there
             always is one.
         hf_multiple: cuts lie at multiples of so many rows of an HF tensor.
     """
+    row_elements = math.prod(tensor_map.shape[1:])
     if tensor_map.num_groups > 1:
-        yield Piece(tensor_map.name, 0, num_rows, num_rows * row_bytes)
+        yield Piece(tensor_map.name, 0, num_rows, num_rows * row_elements * itemsize)
         return
+    rows_per_piece = max(1, PIECE_ELEMENTS // row_elements)
+    multiple = hf_multiple if rows_per_piece < BLOCK else BLOCK
+    rows_per_piece = max(1, rows_per_piece // multiple) * multiple
     start = 0
     for end in _tensor_ends(tensor_map, num_rows):
         first_row = start
-        rows_per_piece = max(1, PIECE_BYTES // row_bytes // hf_multiple) * hf_multiple
         while start < end:
             stop = min(end, start + rows_per_piece)
             while stop < end and not ((stop - first_row) % hf_multiple == 0 and may_cut(stop)):
                 stop += 1
-            yield Piece(tensor_map.name, start, stop, (stop - start) * row_bytes)
+            yield Piece(tensor_map.name, start, stop, (stop - start) * row_elements * itemsize)
             start = stop
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from conversion.hf_target import HfTarget
-from conversion.manifest import Manifest, find_manifest, hash_rows
+from conversion.manifest import MANIFEST_FILE, Manifest, find_manifest, hash_rows
 from conversion.plan import UNIT_BYTES, Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from conversion.torch_dist_reader import TorchDistReader
 from conversion.workspace import Workspace
@@ -153,6 +153,9 @@ class ToHf:
             options=self._describe_options(),
             dtypes={name: str(dtype).removeprefix("torch.") for name, (_, dtype) in self._target_tensors()},
         )
+        weights = set(self.target.weight_map.values())
+        others = [file for file in folder.iterdir() if file.name not in {*weights, MANIFEST_FILE}]
+        manifest.add_files(folder, sorted(others))
         for unit in self.units:
             for entry in workspace.done[unit.index]["hashes"]:
                 manifest.add(*entry)
@@ -198,11 +201,10 @@ class ToHf:
         quantized = self._quantized()
         for tensor_map in self.mapping:
             is_fp8 = any(tensor.name in quantized for tensor in tensor_map.hf)
-            itemsize = 1 if is_fp8 else self._dtype(tensor_map).itemsize
             yield from cut(
                 tensor_map,
                 tensor_map.shape[0],
-                torch.Size(tensor_map.shape[1:]).numel() * itemsize,
+                1 if is_fp8 else self._dtype(tensor_map).itemsize,
                 may_cut=self._cuts(tensor_map),
                 hf_multiple=BLOCK if is_fp8 else 1,
             )

@@ -142,6 +142,7 @@ class ToMegatron:
                 name: str(self.source.dtype(name)).removeprefix("torch.") for name in self.mapping.hf_shapes
             },
         )
+        manifest.add_files(folder, sorted((folder / HF_FOLDER).iterdir()))
         for unit in self.units:
             for entry in workspace.done[unit.index]["hashes"]:
                 manifest.add(*entry)
@@ -181,7 +182,7 @@ class ToMegatron:
         if self.folder.info(copy).shape != tensor_map.hf[0].shape or not all(
             hash_rows(self.source.read_rows(copy, piece.start, piece.stop - piece.start))
             == hash_rows(self.source.read_rows(original, piece.start, piece.stop - piece.start))
-            for piece in cut(tensor_map, tensor_map.shape[0], self._row_bytes(tensor_map))
+            for piece in cut(tensor_map, tensor_map.shape[0], itemsize=1)
         ):
             raise ModelError(
                 f"{self.folder.path}: config.json says tie_word_embeddings, but {copy!r} is not {original!r}"
@@ -209,13 +210,10 @@ class ToMegatron:
                     )
         return dtypes
 
-    def _row_bytes(self, tensor_map: TensorMap) -> int:
-        key = self.places[tensor_map.name].key
-        return torch.Size(tensor_map.shape[1:]).numel() * self._dtypes[key].itemsize
-
     def _pieces(self) -> Iterator[Piece]:
         for tensor_map in self.mapping:
-            yield from cut(tensor_map, self.num_rows(tensor_map), self._row_bytes(tensor_map))
+            dtype = self._dtypes[self.places[tensor_map.name].key]
+            yield from cut(tensor_map, self.num_rows(tensor_map), dtype.itemsize)
 
     def _read(self, piece: Piece) -> tuple[torch.Tensor, list[tuple[str, int, int, str]]]:
         """The piece, and the hashes of the HF rows it consists of."""

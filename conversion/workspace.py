@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -35,6 +36,7 @@ class Workspace:
         description: dict[str, Any],
         num_bytes: int,
         *,
+        sources: Sequence[Path] = (),
         overwrite: bool = False,
         restart: bool = False,
     ) -> None:
@@ -43,6 +45,7 @@ class Workspace:
             target: the folder to create.
             description: what is converted and how, as JSON; only the same conversion can be continued.
             num_bytes: of all output; must be free on the disk.
+            sources: folders that are read: the target must not replace them.
             overwrite: an existing target is replaced, at the end.
             restart: discard an unfinished conversion.
 
@@ -50,6 +53,9 @@ class Workspace:
             ConversionError: the target exists, another conversion is unfinished there or still running, the
                 folder cannot be written, or the disk is too full.
         """
+        for source in sources:
+            if target.resolve() in (source.resolve(), *source.resolve().parents):
+                raise ConversionError(f"{target} is or holds {source}, which is read: choose another folder")
         self.target = target
         self.content = target.with_name(f".{target.name}.converting")
         self._journal_file = target.with_name(f".{target.name}.converting.jsonl")

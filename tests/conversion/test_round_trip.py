@@ -111,7 +111,7 @@ def test_large_tensors_are_cut_and_files_sharded(
     hf_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pieces of a few rows; four files with an index that transformers reads."""
-    monkeypatch.setattr("conversion.plan.PIECE_BYTES", 2000)
+    monkeypatch.setattr("conversion.plan.PIECE_ELEMENTS", 500)
     source = hf_model("moe_mixed")
     checkpoint = to_megatron(source, tmp_path / "megatron")
     assert len(TorchDistReader(checkpoint).tensors["embedding.word_embeddings.weight"].chunks) == 19
@@ -198,8 +198,12 @@ def test_what_cannot_be_is_refused(hf_model: Callable[[str], Path], tmp_path: Pa
     checkpoint = to_megatron(hf_model("moe"), tmp_path / "megatron")
     with pytest.raises(CheckpointError, match=r"tensor 'decoder.layers.mlp.linear_fc1.weight' is missing"):
         to_hf(checkpoint, tmp_path / "x", config_folder=hf_model("dense"))
-    with pytest.raises(ConversionError, match="already"):
+    with pytest.raises(ConversionError, match="is or holds"):
         to_hf(checkpoint, checkpoint)
+    with pytest.raises(ConversionError, match="is or holds"):
+        to_hf(checkpoint, tmp_path)
+    with pytest.raises(ConversionError, match="already"):
+        to_hf(checkpoint, hf_model("dense"))
     assert not (tmp_path / "x").exists()
 
 

@@ -95,6 +95,19 @@ def test_a_converted_hf_folder(run: Run, checkpoint: Callable[[str], Path], tmp_
     assert "tensor 'lm_head.weight', rows 0 to 100: their hash is not the one in conversion.json" in output
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_other_files(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path, file: str) -> None:
+    """In both formats."""
+    shutil.copytree(checkpoint("dense"), tmp_path / "megatron")
+    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "hf", ToHfOptions(), num_workers=1)
+    for path, folder in [("megatron", "megatron/release/hf"), ("hf", "hf")]:
+        changed = tmp_path / folder / file
+        changed.write_text(changed.read_text() + " ")
+        status, output = run(tmp_path / path)
+        assert status == 1
+        assert f"{changed}: its hash is not the one in conversion.json" in output
+
+
 def test_hashes_that_are_missing(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     megatron_to_hf.convert(checkpoint("dense"), tmp_path / "hf", ToHfOptions(), num_workers=1)
     file = tmp_path / "hf" / "conversion.json"
