@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -57,14 +58,12 @@ class MemorySampler(threading.Thread):
 
     def run(self) -> None:
         while self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
-            sizes = []
-            for process in (self._process, *self._process.children(recursive=True)):
-                try:
+            sizes = [0]
+            with suppress(psutil.Error):  # a process has just ended
+                for process in (self._process, *self._process.children(recursive=True)):
                     sizes.append(process.memory_info().rss)
-                except psutil.Error:  # it has just ended
-                    continue
             self.tree_bytes = max(self.tree_bytes, sum(sizes))
-            self.process_bytes = max(self.process_bytes, *sizes, 0)
+            self.process_bytes = max(self.process_bytes, *sizes)
             time.sleep(_SAMPLE_S)
 
 
@@ -174,13 +173,13 @@ def main() -> int:
     console.print(
         f"{num_bytes / 1e9:.2f} GB, input {'cached' if arguments.warm else 'not cached'}; {os.cpu_count()} x "
         f"{_cpu_model()}, {psutil.virtual_memory().total / 1e9:.0f} GB; Python {platform.python_version()}, "
-        f"torch {version('torch')}, Linux {platform.release()}; load {os.getloadavg()}"
+        f"torch {version('torch')}, Linux {platform.release()}; load {os.getloadavg()[0]:.1f}"
     )
     with tempfile.TemporaryDirectory(dir=arguments.output or source.parent) as output:
         found = commands(source, Path(output), arguments.peer, arguments.options)
         rows = run_turns(console, found, Path(output), arguments.repeats, warm=arguments.warm)
     show(console, rows, num_bytes)
-    console.print(f"load at the end: {os.getloadavg()}")
+    console.print(f"load at the end: {os.getloadavg()[0]:.1f}")
     return 0
 
 
