@@ -20,6 +20,7 @@ from conversion.plan import Unit
 from conversion.to_hf import ToHf, ToHfOptions
 from conversion.workers import run_units
 from conversion.workspace import Workspace
+from megatron_drpo.hf_io import MAX_SHARD_BYTES
 
 
 def convert(
@@ -79,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="e4m3 weights with a scale per 128 x 128 block, as SGLang reads them",
     )
     parser.add_argument(
-        "--max-shard-gb", type=positive, default=5, help="size of a weights file; default: %(default)s"
+        "--max-shard-gb",
+        type=positive,
+        default=MAX_SHARD_BYTES // 10**9,
+        help="size of a weights file; larger ones are slower: workers wait for each other; default: %(default)s",
     )
     add_run_arguments(parser)
     arguments = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from megatron_drpo.fp8 import (
     quantization_config,
     quantize_blockwise,
 )
-from megatron_drpo.hf_io import copy_config_files, read_hf_config, update_config, write_index
+from megatron_drpo.hf_io import MAX_SHARD_BYTES, copy_config_files, read_hf_config, update_config, write_index
 from megatron_drpo.models.mapping import TensorMap
 from megatron_drpo.models.places import Place, Places, check_places, find_layout, is_training_state
 from megatron_drpo.models.registry import get_family
@@ -37,7 +37,7 @@ class ToHfOptions:
     """None: every tensor keeps its own."""
     fp8_blockwise: bool = False
     """Quantise what an FP8 checkpoint quantises; the rest is as `dtype` says."""
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int = MAX_SHARD_BYTES
     unit_bytes: int = UNIT_BYTES
     """That a worker does in one go."""
 

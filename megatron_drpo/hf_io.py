@@ -36,6 +36,9 @@ COPIED_FILES = (
 )
 """What `HfWriter` takes over from its source folder, as glob patterns."""
 
+MAX_SHARD_BYTES = 2 * 10**9
+"""Of a weights file, by default."""
+
 T = TypeVar("T", bool, int, float, str)
 
 
@@ -240,7 +243,7 @@ class HfWriter:
         path: str | Path,
         *,
         source: str | Path,
-        max_shard_bytes: int = 2 * 10**9,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> None:
