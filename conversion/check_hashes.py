@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from conversion.hf_rows import HfRows
 from conversion.hf_source import HfSource
 from conversion.integrity import INTEGRITY_FILE, read_integrity
 from conversion.manifest import Manifest, find_manifest, hash_rows, read_manifest
@@ -87,14 +88,14 @@ def check_hf_folder(path: Path, *, num_workers: int) -> list[str]:
     folder, manifest = HfFolder(path), read_manifest(path)
     tensors = {name: (folder.shape(name), folder.dtype(name)) for name in folder}
     manifest.check_tensors(path, tensors)
+    stored = HfRows(folder, None)
 
     def work(name: str, count: Callable[[int], None]) -> list[str]:
         found: list[str] = []
         shape, dtype = tensors[name]
         row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
         for row, num_rows, _ in manifest.hashes[name]:
-            rows = folder.get_slice(name, slice(row, row + num_rows))
-            problem = manifest.problem(name, row, rows)
+            problem = manifest.problem(name, row, stored.read(name, row, num_rows))
             if problem is not None:
                 found.append(f"{path / folder.info(name).shard}: {problem}")
             count(num_rows * row_bytes)

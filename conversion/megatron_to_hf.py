@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-shard-gb",
         type=positive,
         default=MAX_SHARD_BYTES // 10**9,
-        help="size of a weights file; larger ones are slower: workers wait for each other; default: %(default)s",
+        help="of a weights file; larger is slower: workers wait for each other; default: %(default)s",
     )
     add_run_arguments(parser)
     arguments = parser.parse_args(argv)

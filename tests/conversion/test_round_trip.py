@@ -175,6 +175,19 @@ def test_fp8(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
     assert config == json.loads((hf_model("moe_bf16") / "config.json").read_text())
 
 
+def test_scales_of_another_shape(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """They would be taken for those of other blocks."""
+    checkpoint = to_megatron(hf_model("qwen2"), tmp_path / "megatron")
+    folder = to_hf(checkpoint, tmp_path / "fp8", fp8_blockwise=True)
+    (folder / "conversion.json").unlink()
+    tensors = tensors_of(folder)
+    name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    for scale in (tensors[name].repeat(1, 2), tensors[name].reshape(())):
+        save_file({**tensors, name: scale.contiguous()}, folder / "model.safetensors")
+        with pytest.raises(ModelError, match=rf"'{name}': expected shape \[1, 1\], found"):
+            to_megatron(folder, tmp_path / "again")
+
+
 def test_tied_models_with_a_copy_of_the_embedding(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
     """The copy is left out; another matrix in its place is refused."""
     source = tmp_path / "source"
