@@ -88,6 +88,11 @@ def run_command(action: Callable[[], None]) -> int:
     return 0
 
 
+def print_done(target: Path) -> None:
+    """The last line of a conversion."""
+    print(f"{target} is complete; to check it: python -m conversion.verify {target}")
+
+
 def print_plan(conversion: Conversion, source: Path, target: Path) -> None:
     """What a conversion would do, with sizes."""
     console = Console(highlight=False)

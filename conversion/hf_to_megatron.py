@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.command import DTYPES, add_run_arguments, build_parser, positive, print_plan, run_command
+from conversion.command import (
+    DTYPES,
+    add_run_arguments,
+    build_parser,
+    positive,
+    print_done,
+    print_plan,
+    run_command,
+)
 from conversion.plan import Unit
 from conversion.to_megatron import RELEASE, ToMegatron, ToMegatronOptions
 from conversion.torch_dist_writer import data_file_name
@@ -97,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=arguments.overwrite,
             restart=arguments.restart,
         )
+        print_done(arguments.target)
 
     return run_command(action)
 

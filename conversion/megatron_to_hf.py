@@ -15,7 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.command import DTYPES, add_run_arguments, build_parser, positive, print_plan, run_command
+from conversion.command import (
+    DTYPES,
+    add_run_arguments,
+    build_parser,
+    positive,
+    print_done,
+    print_plan,
+    run_command,
+)
 from conversion.plan import Unit
 from conversion.to_hf import ToHf, ToHfOptions
 from conversion.workers import run_units
@@ -108,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=arguments.overwrite,
             restart=arguments.restart,
         )
+        print_done(arguments.target)
 
     return run_command(action)
 
