@@ -73,5 +73,5 @@ $(INSTALLED_312): pyproject.toml constraints-cpu.txt
 	@$(call stage,installing into .venv-py312 (5.6 GB)) \
 		test -x .venv-py312/bin/python || "$(PYTHON312)" -m venv .venv-py312; \
 		.venv-py312/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off \
-			--constraint constraints-cpu.txt --editable '.[test]'; \
+			--constraint constraints-cpu.txt --editable '.[test,smollm2]'; \
 		touch $@
