@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from conversion.integrity import INTEGRITY_FILE
 from conversion.to_hf import ToHf, ToHfOptions
-from conversion.torch_dist_writer import INTEGRITY_FILE
 from megatron_drpo.config import Config, DataConfig, Dtype, ParallelConfig, PlatformName, PolicyConfig
-from megatron_drpo.errors import ConversionError
 from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load_megatron import READ_ERRORS, describe_error, load_megatron_weights
 from megatron_drpo.models.mapping import TensorMap
@@ -32,30 +30,6 @@ from megatron_drpo.policy.schedule import run_schedule
 from megatron_drpo.types import MicroBatch, TrainSequence
 
 _BATCH_BYTES = 2**30
-_AXES = {
-    "tp": "tensor_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "vpp": "virtual_pipeline_parallel_size",
-    "ep": "expert_parallel_size",
-    "dp": "data_parallel_size",
-}
-
-
-def parse_layout(text: str, *, is_moe: bool) -> ParallelConfig:
-    """`tp2pp2ep2` and the like; what follows from it is filled in.
-
-    Raises:
-        ConversionError: it is none.
-    """
-    if not re.fullmatch(r"((tp|pp|vpp|ep|dp)\d+)+", text):
-        raise ConversionError(f"{text!r} is no layout: expected such as tp2, pp2 or tp2pp2ep2")
-    sizes = {_AXES[axis]: int(size) for axis, size in re.findall(r"(tp|vpp|pp|ep|dp)(\d+)", text)}
-    tensor, expert = sizes.get("tensor_parallel_size", 1), sizes.get("expert_parallel_size", 1)
-    if expert > tensor:  # experts are spread over tensor- and data-parallel ranks
-        sizes["data_parallel_size"] = max(sizes.get("data_parallel_size", 1), -(-expert // tensor))
-    if is_moe and expert == 1:
-        sizes["expert_tensor_parallel_size"] = tensor
-    return ParallelConfig(sequence_parallel=is_moe and tensor > 1, **sizes)  # type: ignore[arg-type]
 
 
 def compare_with_loader(path: Path, config_folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from conversion.plan import UNIT_BYTES, Unit
@@ -68,29 +70,34 @@ def positive(text: str) -> int:
     return value
 
 
-def run_command(action: Callable[[], None]) -> int:
-    """Run it; the exit status. Errors of ours and of the disk are one message."""
+def run_command(action: Callable[[], None], *, is_resumable: bool) -> int:
+    """Run it; the exit status. Errors of ours and of the disk are one message.
+
+    Args:
+        is_resumable: the command may be repeated after an interruption.
+    """
     ignore_expected_warnings()
+    hint = "; the same command goes on from here" if is_resumable else ""
     try:
         action()
     except DrpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
-        print(
-            f"{error.filename or 'disk'}: {error.strerror}; the same command goes on from here",
-            file=sys.stderr,
-        )
+        print(f"{error.filename or 'disk'}: {error.strerror}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
 
 def print_done(target: Path) -> None:
     """The last line of a conversion."""
-    print(f"{target} is complete; to check it: python -m conversion.verify {target}")
+    print(f"{target} is complete; to check it: python -m conversion.verify {shlex.quote(str(target))}")
 
 
 def print_plan(conversion: Conversion, source: Path, target: Path) -> None:
@@ -103,7 +110,7 @@ def print_plan(conversion: Conversion, source: Path, target: Path) -> None:
         ("model", describe(conversion.arch)),
         *conversion.summary(),
     ]:
-        table.add_row(f"[dim]{name}[/]", value)
+        table.add_row(f"[dim]{name}[/]", escape(value))
     console.print(table)
     units = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("unit", "pieces", "GB", "from", "to"):

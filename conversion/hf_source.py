@@ -63,7 +63,7 @@ class HfSource:
         """
         values = self._rows.read(name, row, num_rows)
         if values.dtype is not torch.float8_e4m3fn:
-            return values.to(self.dtype(name))
+            return cast_rows(values, self.dtype(name), f"{self.folder.path}: tensor {name!r}")
         scale_name = name + HF_SCALE_SUFFIX
         scale = self._scales.read(scale_name, 0, self.folder.shape(scale_name)[0])
         try:
@@ -71,6 +71,19 @@ class HfSource:
         except ModelError as error:
             shard = self.folder.path / self.folder.info(name).shard
             raise ModelError(f"{shard}: tensor {name!r}: {error}") from error
+
+
+def cast_rows(rows: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+    """Rows in another dtype.
+
+    Raises:
+        ModelError: names `what` if a finite value would become infinite.
+    """
+    cast = rows.to(dtype)
+    is_narrower = torch.finfo(dtype).max < torch.finfo(rows.dtype).max
+    if is_narrower and cast.isinf().any() and not torch.equal(cast.isinf(), rows.isinf()):
+        raise ModelError(f"{what} has values too large for {dtype}: choose another --dtype")
+    return cast
 
 
 def _check_scales(folder: HfFolder, scales: set[str]) -> None:

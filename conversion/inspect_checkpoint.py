@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from conversion.command import build_parser, describe, run_command
@@ -127,9 +128,9 @@ def show(contents: Contents, pattern: str) -> None:
     console = Console(highlight=False)
     grid = Table.grid(padding=(0, 2))
     for name, value in [("path", contents.path), ("format", contents.format), *contents.facts.items()]:
-        grid.add_row(f"[dim]{name}[/]", value)
+        grid.add_row(f"[dim]{escape(name)}[/]", escape(value))
     for name, value in contents.state.items():
-        grid.add_row(f"[dim]{name}[/]", str(value))
+        grid.add_row(f"[dim]{escape(name)}[/]", escape(str(value)))
     console.print(grid)
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("GB", "shape", "dtype", "chunks"):
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", default="", metavar="TEXT", help="show only tensors whose key contains it")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    return run_command(lambda: _inspect(arguments))
+    return run_command(lambda: _inspect(arguments), is_resumable=False)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print_done(arguments.target)
 
-    return run_command(action)
+    return run_command(action, is_resumable=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from conversion.hf_source import cast_rows
 from conversion.hf_target import HfTarget
 from conversion.manifest import MANIFEST_FILE, Manifest, find_manifest, hash_rows
 from conversion.plan import UNIT_BYTES, Piece, Unit, check_coverage, cut, group_into_units, hf_runs
@@ -249,7 +250,8 @@ class ToHf:
             yield name, row, quantized
             yield name + HF_SCALE_SUFFIX, row // BLOCK, scales
             return
-        yield name, row, values if self.options.dtype is None else values.to(self.options.dtype)
+        dtype = self.options.dtype or values.dtype
+        yield name, row, cast_rows(values, dtype, f"{self.reader.path}: tensor {name!r}")
 
 
 def _rectangle(place: Place, row: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from conversion.check_hashes import check_files, check_hf_folder, check_tensors
 from conversion.command import build_parser, positive, run_command
 from conversion.hf_source import HfSource
+from conversion.layouts import parse_layout
 from conversion.manifest import find_manifest
 from conversion.to_hf import ToHf, ToHfOptions
 from megatron_drpo.config import ParallelConfig
@@ -38,15 +40,17 @@ class Report:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.num_checks = 0
         self._console = Console(highlight=False)
 
     def add(self, what: str, problems: list[str], detail: str = "") -> None:
-        mark = "[red]failed[/]" if problems else "[green]ok[/]"
-        self._console.print(f"{mark:<15} {what}{f' [dim]{detail}[/]' if detail else ''}")
+        mark = "[red]failed [/]" if problems else "[green]ok     [/]"
+        self.num_checks += 1
+        self._console.print(f"{mark} {escape(what)}" + (f": [dim]{escape(detail)}[/]" if detail else ""))
         self.problems += problems
 
     def skip(self, what: str, why: str) -> None:
-        self._console.print(f"[yellow]skipped[/] {what} [dim]{why}[/]")
+        self._console.print(f"[yellow]skipped[/] {escape(what)}: [dim]{escape(why)}[/]")
 
 
 def verify_checkpoint(
@@ -64,6 +68,7 @@ def verify_checkpoint(
         DrpoError: it is no checkpoint at all, or does not fit the config.
     """
     checkpoint = ToHf(path, config_folder, ToHfOptions())
+    parallels = {layout: parse_layout(layout, is_moe=checkpoint.arch.moe is not None) for layout in layouts}
     manifest = find_manifest(checkpoint.reader.path)
     if manifest is None:
         report.skip("hashes", "only converted checkpoints have them")
@@ -75,7 +80,7 @@ def verify_checkpoint(
         compared = "hashes" if source is None else f"{source.folder.path}"
         report.add("tensors", problems, f"{len(checkpoint.mapping.hf_shapes)} compared with {compared}")
     if level >= 2:
-        _verify_in_megatron(checkpoint, level, layouts, report)
+        _verify_in_megatron(checkpoint, level, parallels, report)
 
 
 def _open_source(checkpoint: ToHf, config_folder: Path | None) -> HfSource | None:
@@ -86,8 +91,10 @@ def _open_source(checkpoint: ToHf, config_folder: Path | None) -> HfSource | Non
     return HfSource(HfFolder(config_folder), checkpoint.mapping, None)
 
 
-def _verify_in_megatron(checkpoint: ToHf, level: int, layouts: Sequence[str], report: Report) -> None:
-    from conversion.check_megatron import compare_with_loader, compare_with_model, parse_layout
+def _verify_in_megatron(
+    checkpoint: ToHf, level: int, layouts: dict[str, ParallelConfig], report: Report
+) -> None:
+    from conversion.check_megatron import compare_with_loader, compare_with_model
     from conversion.ranks import run_ranks
     from megatron_drpo.policy.parallel import check_layout
 
@@ -96,8 +103,7 @@ def _verify_in_megatron(checkpoint: ToHf, level: int, layouts: Sequence[str], re
     if level == 2:
         return
     fitting: dict[str, ParallelConfig] = {}
-    for layout in layouts:
-        parallel = parse_layout(layout, is_moe=checkpoint.arch.moe is not None)
+    for layout, parallel in layouts.items():
         problems = [*parallel.problems(), *check_layout(parallel, checkpoint.arch)]
         if problems:
             report.skip(f"model on {layout}", "; ".join(problems))
@@ -175,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=positive, default=min(4, os.cpu_count() or 1), help="processes")
     arguments = parser.parse_args(argv)
-    return run_command(lambda: _verify(arguments))
+    return run_command(lambda: _verify(arguments), is_resumable=False)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -192,6 +198,11 @@ def _verify(arguments: argparse.Namespace) -> None:
             layouts=arguments.layouts,
             num_workers=arguments.workers,
             report=report,
+        )
+    if report.num_checks == 0:
+        raise CheckpointError(
+            f"{arguments.path}: nothing was compared: it has no hashes; give a folder with weights as --hf, "
+            "or --level 2"
         )
     if report.problems:
         shown = report.problems[:20]

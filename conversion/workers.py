@@ -55,8 +55,9 @@ def run_units(
     todo = [unit for unit in units if unit.index not in workspace.done]
     before = workspace.num_bytes_done
     total = sum(unit.num_bytes for unit in units)
+    Console(stderr=True).print(title, highlight=False, markup=False)
     try:
-        with _progress(title, total, before) as show:
+        with _progress("converting", total, before) as show:
             for unit, record in run_jobs(todo, work, num_workers=num_workers, show=show):
                 workspace.record(unit.index, record)
     except BrokenProcessPool:
@@ -73,9 +74,12 @@ def check_jobs(jobs: Sequence[Any], work: Work, *, total: int, num_workers: int,
         total: bytes of all jobs.
     """
     problems: list[str] = []
-    with _progress(title, total, 0) as show:
-        for _, found in run_jobs(jobs, work, num_workers=num_workers, show=show):
-            problems += found
+    try:
+        with _progress(title, total, 0) as show:
+            for _, found in run_jobs(jobs, work, num_workers=num_workers, show=show):
+                problems += found
+    except BrokenProcessPool:
+        raise ConversionError(f"{title}: a worker process was killed (out of memory?)") from None
     return problems
 
 
@@ -98,7 +102,7 @@ def run_jobs(
         futures = {pool.submit(_do, job): job for job in jobs}
         # Read without its lock: a worker may be killed while it holds that.
         yield from _as_completed(futures, lambda: show(counter.get_obj().value))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):  # nobody waits for the rest
         for process in multiprocessing.active_children():
             process.kill()
         raise
@@ -148,7 +152,7 @@ def _progress(title: str, total: int, done_before: int) -> Iterator[Callable[[in
     started = time.monotonic()
     if not sys.stderr.isatty():
         again = f" ({done_before / 1e9:.2f} GB are there from before)" if done_before else ""
-        console.print(f"{title}: {total / 1e9:.2f} GB{again}", highlight=False)
+        console.print(f"{title}: {total / 1e9:.2f} GB{again}", highlight=False, markup=False)
         done = [0]
 
         def remember(num_bytes: int) -> None:
@@ -159,6 +163,7 @@ def _progress(title: str, total: int, done_before: int) -> Iterator[Callable[[in
         console.print(
             f"{title}: {done[0] / 1e9:.2f} GB in {elapsed:.1f} s ({done[0] / 1e9 / elapsed:.2f} GB/s)",
             highlight=False,
+            markup=False,
         )
         return
     columns = (

@@ -23,6 +23,8 @@ from typing import IO, Any, Self
 from megatron_drpo.errors import ConversionError
 from megatron_drpo.hf_io import replace_folder, replaced_path
 
+_PUBLISHED = {"published": True}
+"""The journal's last line, written just before the content gets its name."""
 _LOCK_TIMEOUT_S = 10.0
 """The workers of a killed run end a moment after it."""
 
@@ -53,6 +55,7 @@ class Workspace:
             ConversionError: the target exists, another conversion is unfinished there or still running, the
                 folder cannot be written, or the disk is too full.
         """
+        target = Path(os.path.abspath(target))  # gives `.` a name
         for source in sources:
             if target.resolve() in (source.resolve(), *source.resolve().parents):
                 raise ConversionError(f"{target} is or holds {source}, which is read: choose another folder")
@@ -74,13 +77,16 @@ class Workspace:
             self._check_target()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = self._journal_file.open("a+", encoding="utf-8")
+            self._journal = _open_locked(self._journal_file)
         except OSError as error:
             raise ConversionError(f"{self._journal_file} cannot be written: {error.strerror}") from error
-        _lock(self._journal, self.content)
-        self._read_journal(self._journal)
-        if not self.is_published:
-            self._check_space()
+        try:
+            self._read_journal(self._journal)
+            if not self.is_published:
+                self._check_space()
+        except BaseException:
+            self._journal.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -116,12 +122,16 @@ class Workspace:
         """Give the finished content its name."""
         if not self.is_published:
             flush_folder(self.content)
+            self._append(_PUBLISHED)
             replace_folder(self.content, self.target)
             flush_path(self.target.parent)
         shutil.rmtree(replaced_path(self.target), ignore_errors=True)
         self._journal_file.unlink(missing_ok=True)
 
     def _check_target(self) -> None:
+        if os.path.lexists(self.target) and (self.target.is_symlink() or not self.target.is_dir()):
+            kind = "a link" if self.target.is_symlink() else "a file"
+            raise ConversionError(f"{self.target} is {kind}, not a folder: remove it, or choose another name")
         if self.target.exists() and not self._overwrite:
             raise ConversionError(
                 f"{self.target}: exists already; choose another folder, or replace it with --overwrite"
@@ -137,10 +147,11 @@ class Workspace:
         journal.seek(0)
         lines = journal.read().split("\n")[:-1]  # what a kill cut off has no line end
         journal.truncate(sum(len(line.encode()) + 1 for line in lines))
-        found = [json.loads(line) for line in lines]
+        found = self._parse(lines)
         is_same = found[:1] == [self._header]
         if found and not self.content.exists():
-            self.is_published = is_same and self.target.exists() and not self._restart
+            has_name = found[-1] == _PUBLISHED and self.target.exists()
+            self.is_published = is_same and has_name and not self._restart
             found.clear()
         if self.is_published:
             return
@@ -155,7 +166,20 @@ class Workspace:
         if not found or self._restart:
             self._start(journal)
         else:
-            self.done = {line.pop("unit"): line for line in found[1:]}
+            self.done = {line.pop("unit"): line for line in found[1:] if line != _PUBLISHED}
+
+    def _parse(self, lines: list[str]) -> list[dict[str, Any]]:
+        try:
+            found = [json.loads(line) for line in lines]
+            if all(isinstance(line, dict) for line in found):
+                return found
+        except ValueError:
+            pass
+        if self._restart:
+            return []
+        raise ConversionError(
+            f"{self._journal_file}: damaged: discard the unfinished conversion with --restart"
+        )
 
     def _start(self, journal: IO[str]) -> None:
         """In this order: a journal never speaks of content that is gone."""
@@ -178,18 +202,25 @@ def _fingerprint(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _lock(journal: IO[str], folder: Path) -> None:
+def _open_locked(file: Path) -> IO[str]:
+    """The journal, for this process alone."""
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
+        journal = file.open("a+", encoding="utf-8")
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
         except BlockingIOError:
+            journal.close()
             if time.monotonic() > deadline:
-                raise ConversionError(f"{folder}: another conversion is writing there now") from None
+                raise ConversionError(f"{file}: another conversion to this target is running") from None
             time.sleep(0.1)
+            continue
         except OSError:  # a file system without locks
-            return
+            return journal
+        # The one who had it before removes it when done: then this is a file without a name.
+        if file.exists() and os.path.samestat(os.fstat(journal.fileno()), file.stat()):
+            return journal
+        journal.close()
 
 
 def start_writeback(descriptor: int, position: int, num_bytes: int) -> None:

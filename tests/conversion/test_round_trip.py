@@ -294,3 +294,29 @@ def test_a_checkpoint_of_the_trainer(
     back = to_hf(checkpoint, tmp_path / "back", config_folder=hf_model("moe"))
     assert_same_bits(tensors_of(back), tensors_of(tmp_path / "exported"))
     assert HfFolder(back).keys() == HfFolder(hf_model("moe")).keys()
+
+
+def test_casts_that_would_make_values_infinite(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """1e6 is beyond fp16, in either direction."""
+    source = to_hf(to_megatron(hf_model("qwen2"), tmp_path / "plain"), tmp_path / "source")
+    (source / "conversion.json").unlink()
+    tensors = tensors_of(source)
+    tensors["lm_head.weight"][0, 0] = 1e6
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' has values too large for torch\.float16"):
+        to_megatron(source, tmp_path / "x", dtype=torch.float16)
+    checkpoint = to_megatron(source, tmp_path / "megatron")
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' has values too large for torch\.float16"):
+        to_hf(checkpoint, tmp_path / "y", dtype=torch.float16)
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "y").exists()
+
+
+def test_paths_with_brackets(
+    hf_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich takes them for markup."""
+    target = tmp_path / "a[red]b[/x]"
+    assert hf_to_megatron.main([str(hf_model("dense")), str(target), "--dry-run"]) == 0
+    assert hf_to_megatron.main([str(hf_model("dense")), str(target)]) == 0
+    assert "b[/x] is complete; to check it: python -m conversion.verify '" in capsys.readouterr().out

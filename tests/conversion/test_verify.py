@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import megatron_to_hf, verify
-from conversion.check_megatron import parse_layout
+from conversion.layouts import parse_layout
 from conversion.to_hf import ToHfOptions
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.errors import ConversionError
@@ -130,7 +130,7 @@ def test_in_megatron(run: Run, checkpoint: Callable[[str], Path]) -> None:
     words = " ".join(output.split())
     for line in ("ok Megatron's loader", "ok model on tp2pp2ep2", "ok logits on tp2pp2ep2"):
         assert line in words
-    assert "skipped model on tp3 parallel.tensor_parallel_size=3 must divide" in words
+    assert "skipped model on tp3: parallel.tensor_parallel_size=3 must divide" in words
     assert "same top-1 100.0%" in words
 
 
@@ -159,3 +159,13 @@ def test_logits_that_differ_fail() -> None:
     assert len(report.problems) == 2
     verify._compare_logits("logits on tp2", expected + 1e-4, expected, report)
     assert len(report.problems) == 2
+
+
+def test_nothing_to_compare_with(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Success would say too much."""
+    shutil.copytree(checkpoint("dense"), tmp_path / "copy")
+    for name in ("conversion.json", "integrity.json"):
+        (tmp_path / "copy" / "release" / name).unlink()
+    status, output = run(tmp_path / "copy")
+    assert status == 1
+    assert "nothing was compared: it has no hashes; give a folder with weights as --hf" in output
