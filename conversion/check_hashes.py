@@ -74,9 +74,8 @@ def check_tensors(
             count(piece.num_bytes)
         return problems
 
-    return check_jobs(
-        checkpoint.units, work, total=checkpoint.num_bytes, num_workers=num_workers, title="tensors"
-    )
+    total = sum(unit.num_bytes for unit in checkpoint.units)
+    return check_jobs(checkpoint.units, work, total=total, num_workers=num_workers, title="tensors")
 
 
 def check_hf_folder(path: Path, *, num_workers: int) -> list[str]:

@@ -6,35 +6,21 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from conversion.plan import UNIT_BYTES, Unit
+from conversion.plan import UNIT_BYTES
+from conversion.run import Conversion, run_conversion
 from megatron_drpo.errors import DrpoError
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.upstream_warnings import ignore_expected_warnings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Conversion(Protocol):
-    """What can be planned and printed."""
-
-    @property
-    def arch(self) -> ArchitectureConfig: ...
-    @property
-    def units(self) -> Sequence[Unit]: ...
-    @property
-    def num_bytes(self) -> int: ...
-    def summary(self) -> list[tuple[str, str]]:
-        """Lines of the plan: what and its value."""
-        ...
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -95,8 +81,19 @@ def run_command(action: Callable[[], None], *, is_resumable: bool) -> int:
     return 0
 
 
-def print_done(target: Path) -> None:
-    """The last line of a conversion."""
+def convert_or_plan(conversion: Conversion, arguments: argparse.Namespace) -> None:
+    """What a conversion's command does, with the arguments of `add_run_arguments`."""
+    target: Path = arguments.target
+    if arguments.dry_run:
+        print_plan(conversion, arguments.source, target)
+        return
+    run_conversion(
+        conversion,
+        target,
+        num_workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        restart=arguments.restart,
+    )
     print(f"{target} is complete; to check it: python -m conversion.verify {shlex.quote(str(target))}")
 
 

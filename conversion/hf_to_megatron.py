@@ -8,66 +8,19 @@ Whatever interrupts it, the same command goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from conversion.command import (
     DTYPES,
     add_run_arguments,
     build_parser,
+    convert_or_plan,
     positive,
-    print_done,
-    print_plan,
     run_command,
 )
-from conversion.plan import Unit
-from conversion.to_megatron import RELEASE, ToMegatron, ToMegatronOptions
-from conversion.torch_dist_writer import data_file_name
-from conversion.workers import run_units
-from conversion.workspace import Workspace
+from conversion.to_megatron import ToMegatron, ToMegatronOptions
 from megatron_drpo.models.places import KeyLayout
-
-
-def convert(
-    source: Path,
-    target: Path,
-    options: ToMegatronOptions,
-    *,
-    num_workers: int = 2,
-    overwrite: bool = False,
-    restart: bool = False,
-) -> None:
-    """Convert one folder, or go on with it.
-
-    Raises:
-        DrpoError: says what is wrong, where, and how to go on.
-    """
-    conversion = ToMegatron(source, options)
-    conversion.check_tied_copy()
-    with Workspace(
-        target,
-        conversion.description(),
-        conversion.num_bytes,
-        sources=[source],
-        overwrite=overwrite,
-        restart=restart,
-    ) as workspace:
-        if not workspace.is_published:
-            _fill(workspace, conversion, num_workers, title=f"{source} -> {target}")
-        workspace.publish()
-
-
-def _fill(workspace: Workspace, conversion: ToMegatron, num_workers: int, *, title: str) -> None:
-    folder = workspace.content / RELEASE
-    folder.mkdir(exist_ok=True)
-
-    def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
-        return conversion.work(unit, folder / data_file_name(unit.index), count)
-
-    run_units(conversion.units, work, workspace, num_workers=num_workers, title=title)
-    conversion.finish(workspace)
-    workspace.check_unchanged(conversion.description())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,21 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         unit_bytes=arguments.unit_mib * 2**20,
     )
 
-    def action() -> None:
-        if arguments.dry_run:
-            print_plan(ToMegatron(arguments.source, options), arguments.source, arguments.target)
-            return
-        convert(
-            arguments.source,
-            arguments.target,
-            options,
-            num_workers=arguments.workers,
-            overwrite=arguments.overwrite,
-            restart=arguments.restart,
-        )
-        print_done(arguments.target)
-
-    return run_command(action, is_resumable=True)
+    return run_command(
+        lambda: convert_or_plan(ToMegatron(arguments.source, options), arguments), is_resumable=True
+    )
 
 
 if __name__ == "__main__":

@@ -11,64 +11,19 @@ the trainer. Optimizer state is left out. Whatever interrupts it, the same comma
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from conversion.command import (
     DTYPES,
     add_run_arguments,
     build_parser,
+    convert_or_plan,
     positive,
-    print_done,
-    print_plan,
     run_command,
 )
-from conversion.plan import Unit
 from conversion.to_hf import ToHf, ToHfOptions
-from conversion.workers import run_units
-from conversion.workspace import Workspace
 from megatron_drpo.hf_io import MAX_SHARD_BYTES
-
-
-def convert(
-    source: Path,
-    target: Path,
-    options: ToHfOptions,
-    *,
-    config_folder: Path | None = None,
-    num_workers: int = 2,
-    overwrite: bool = False,
-    restart: bool = False,
-) -> None:
-    """Convert one checkpoint, or go on with it.
-
-    Raises:
-        DrpoError: says what is wrong, where, and how to go on.
-    """
-    conversion = ToHf(source, config_folder, options)
-    with Workspace(
-        target,
-        conversion.description(),
-        conversion.target.total_bytes,
-        sources=[conversion.reader.path, conversion.config_folder],
-        overwrite=overwrite,
-        restart=restart,
-    ) as workspace:
-        if not workspace.is_published:
-            _fill(workspace, conversion, num_workers, title=f"{source} -> {target}")
-        workspace.publish()
-
-
-def _fill(workspace: Workspace, conversion: ToHf, num_workers: int, *, title: str) -> None:
-    conversion.target.create(workspace.content)
-
-    def work(unit: Unit, count: Callable[[int], None]) -> dict[str, Any]:
-        return conversion.work(unit, workspace.content, count)
-
-    run_units(conversion.units, work, workspace, num_workers=num_workers, title=title)
-    conversion.finish(workspace)
-    workspace.check_unchanged(conversion.description())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,23 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         unit_bytes=arguments.unit_mib * 2**20,
     )
 
-    def action() -> None:
-        if arguments.dry_run:
-            conversion = ToHf(arguments.source, arguments.hf, options)
-            print_plan(conversion, arguments.source, arguments.target)
-            return
-        convert(
-            arguments.source,
-            arguments.target,
-            options,
-            config_folder=arguments.hf,
-            num_workers=arguments.workers,
-            overwrite=arguments.overwrite,
-            restart=arguments.restart,
-        )
-        print_done(arguments.target)
-
-    return run_command(action, is_resumable=True)
+    return run_command(
+        lambda: convert_or_plan(ToHf(arguments.source, arguments.hf, options), arguments), is_resumable=True
+    )
 
 
 if __name__ == "__main__":

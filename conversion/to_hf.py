@@ -82,14 +82,18 @@ class ToHf:
         check_coverage(self.units, self.mapping, lambda tensor_map: tensor_map.shape[0])
 
     @property
-    def num_bytes(self) -> int:
-        return sum(unit.num_bytes for unit in self.units)
+    def sources(self) -> list[Path]:
+        return [self.reader.path, self.config_folder]
+
+    @property
+    def output_bytes(self) -> int:
+        return self.target.total_bytes
 
     def summary(self) -> list[tuple[str, str]]:
         """Lines of the printed plan."""
         files = sorted(set(self.target.weight_map.values()))
         lines = [
-            ("weights", f"{self.target.total_bytes / 1e9:.2f} GB in {len(files)} files"),
+            ("weights", f"{self.output_bytes / 1e9:.2f} GB in {len(files)} files"),
             ("layout", str(self.places.layout)),
             ("dtype", self._describe_options()["dtype"]),
             ("config", str(self.config_folder)),
@@ -117,25 +121,23 @@ class ToHf:
             "unit_bytes": self.options.unit_bytes,
         }
 
-    def work(self, unit: Unit, folder: Path, count: Callable[[int], None]) -> dict[str, Any]:
+    def prepare(self, content: Path) -> None:
+        """The weights files, in full size."""
+        self.target.create(content)
+
+    def work(self, unit: Unit, content: Path, count: Callable[[int], None]) -> dict[str, Any]:
         """Write one unit; returns its record for the journal."""
         hashes: list[tuple[str, int, int, str]] = []
-        try:
-            for piece in unit.pieces:
-                for name, row, values in self.read_rows(piece):
-                    problem = None if self._manifest is None else self._manifest.problem(name, row, values)
-                    if problem is not None:
-                        raise CheckpointError(f"{self.reader.path}: damaged: {problem}")
-                    for stored_name, stored_row, stored in self._stored(name, row, values):
-                        self.target.write_rows(folder, stored_name, stored_row, stored)
-                        hashes.append((stored_name, stored_row, len(stored), hash_rows(stored)))
-                count(piece.num_bytes)
-            self.target.flush()
-        except OSError as error:
-            raise ConversionError(
-                f"{folder} cannot be written: {error.strerror}; what is done is kept: mend it and repeat the "
-                "command"
-            ) from error
+        for piece in unit.pieces:
+            for name, row, values in self.read_rows(piece):
+                problem = None if self._manifest is None else self._manifest.problem(name, row, values)
+                if problem is not None:
+                    raise CheckpointError(f"{self.reader.path}: damaged: {problem}")
+                for stored_name, stored_row, stored in self._stored(name, row, values):
+                    self.target.write_rows(content, stored_name, stored_row, stored)
+                    hashes.append((stored_name, stored_row, len(stored), hash_rows(stored)))
+            count(piece.num_bytes)
+        self.target.flush()
         return {"num_bytes": unit.num_bytes, "hashes": hashes}
 
     def finish(self, workspace: Workspace) -> None:

@@ -85,7 +85,11 @@ class ToMegatron:
         check_coverage(self.units, self.mapping, self.num_rows)
 
     @property
-    def num_bytes(self) -> int:
+    def sources(self) -> list[Path]:
+        return [self.folder.path]
+
+    @property
+    def output_bytes(self) -> int:
         return sum(unit.num_bytes for unit in self.units)
 
     def num_rows(self, tensor_map: TensorMap) -> int:
@@ -104,22 +108,21 @@ class ToMegatron:
             "unit_bytes": self.options.unit_bytes,
         }
 
-    def work(self, unit: Unit, file: Path, count: Callable[[int], None]) -> dict[str, Any]:
+    def prepare(self, content: Path) -> None:
+        """The folder of the data files; a tied model's second output matrix must be the embedding."""
+        self._check_tied_copy()
+        (content / RELEASE).mkdir(exist_ok=True)
+
+    def work(self, unit: Unit, content: Path, count: Callable[[int], None]) -> dict[str, Any]:
         """Write one unit; returns its record for the journal."""
         hashes: list[tuple[str, int, int, str]] = []
-        try:
-            with DataFile(file) as data:
-                for piece in unit.pieces:
-                    tensor, of_rows = self._read(piece)
-                    hashes += of_rows
-                    place = self.places[piece.name]
-                    data.add(with_leading_ones(tensor, place.leading_shape))
-                    count(piece.num_bytes)
-        except OSError as error:
-            raise ConversionError(
-                f"{file} cannot be written: {error.strerror}; what is done is kept: mend it and repeat the "
-                "command"
-            ) from error
+        with DataFile(content / RELEASE / data_file_name(unit.index)) as data:
+            for piece in unit.pieces:
+                tensor, of_rows = self._read(piece)
+                hashes += of_rows
+                place = self.places[piece.name]
+                data.add(with_leading_ones(tensor, place.leading_shape))
+                count(piece.num_bytes)
         return {
             "num_bytes": unit.num_bytes,
             "file_bytes": data.num_bytes,
@@ -160,7 +163,7 @@ class ToMegatron:
     def summary(self) -> list[tuple[str, str]]:
         """Lines of the printed plan."""
         lines = [
-            ("weights", f"{self.num_bytes / 1e9:.2f} GB in {len(self.units)} files"),
+            ("weights", f"{self.output_bytes / 1e9:.2f} GB in {len(self.units)} files"),
             ("layout", f"{self.places.layout}, {self._describe_options()['dtype']}"),
             ("vocabulary", f"padded to a multiple of {self.options.vocab_multiple}"),
         ]
@@ -168,7 +171,7 @@ class ToMegatron:
             lines.append(("not needed", ", ".join(self.source.ignored[:4])))
         return lines
 
-    def check_tied_copy(self) -> None:
+    def _check_tied_copy(self) -> None:
         """A tied model's folder may hold the output matrix as well: it is left out, if it is the embedding.
 
         Raises:

@@ -14,7 +14,7 @@ import os
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # DCP has no public name for it
@@ -73,7 +73,7 @@ class DataFile:
         """Append one tensor, as shaped in the global tensor: leading dimensions of 1 included."""
         start = self._position
         try:
-            torch.save(tensor, self)  # type: ignore[arg-type]  # all it needs is write()
+            torch.save(tensor, cast(IO[bytes], self))  # all it needs is write() and flush()
         except Exception:
             if self._error is not None:  # torch reports it as something else
                 raise self._error from None

@@ -26,6 +26,7 @@ from conversion.command import build_parser, positive, run_command
 from conversion.hf_source import HfSource
 from conversion.layouts import parse_layout
 from conversion.manifest import find_manifest
+from conversion.run import run_conversion
 from conversion.to_hf import ToHf, ToHfOptions
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.errors import CheckpointError, ConversionError
@@ -117,7 +118,6 @@ def _verify_in_megatron(
 def _verify_logits(checkpoint: ToHf, layouts: dict[str, ParallelConfig], report: Report) -> None:
     """fp32 logits of random tokens against transformers, which reads the checkpoint exported to a folder."""
     from conversion.check_megatron import compute_logits
-    from conversion.megatron_to_hf import convert
     from conversion.ranks import run_ranks
 
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def _verify_logits(checkpoint: ToHf, layouts: dict[str, ParallelConfig], report:
     place = (checkpoint.reader.path, checkpoint.config_folder)
     with tempfile.TemporaryDirectory(dir=checkpoint.reader.path.parent) as scratch:
         exported, file = Path(scratch) / "hf", Path(scratch) / "logits"
-        convert(checkpoint.reader.path, exported, ToHfOptions(), config_folder=checkpoint.config_folder)
+        run_conversion(checkpoint, exported)
         expected = run_ranks(transformers_logits, 1, exported, sequences)
         for layout, parallel in layouts.items():
             run_ranks(compute_logits, parallel.world_size, *place, parallel, sequences, file)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion import hf_to_megatron, megatron_to_hf, workspace
+from conversion import run, workspace
 from tools.corruption_case import Action, Case, Kind, Setting
 from tools.damage import limit_file_size, obey_permissions
 
@@ -47,15 +47,14 @@ def _around_the_units(before: Callable[[Path], None], after: Callable[[Path], No
     """Something happens to the source between the plan and the units, or between them and the end."""
 
     def setting(source: Path, target: Path) -> None:
-        for module in (hf_to_megatron, megatron_to_hf):
-            run_units = module.run_units
+        run_units = run.run_units
 
-            def around(*arguments: Any, _run: Callable[..., None] = run_units, **options: Any) -> None:
-                before(source)
-                _run(*arguments, **options)
-                after(source)
+        def around(*arguments: Any, **options: Any) -> None:
+            before(source)
+            run_units(*arguments, **options)
+            after(source)
 
-            module.run_units = around
+        run.run_units = around
 
     return setting
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conversion import hf_to_megatron
-from conversion.to_megatron import ToMegatronOptions
+from conversion.run import run_conversion
+from conversion.to_megatron import ToMegatron, ToMegatronOptions
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,8 @@ def checkpoint(
 
     def folder(name: str) -> Path:
         if not (root / name).exists():
-            hf_to_megatron.convert(hf_model(name), root / name, ToMegatronOptions(), num_workers=1)
+            conversion = ToMegatron(hf_model(name), ToMegatronOptions())
+            run_conversion(conversion, root / name, num_workers=1)
         return root / name
 
     return folder

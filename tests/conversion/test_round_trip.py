@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conversion import hf_to_megatron, megatron_to_hf
-from conversion.to_hf import ToHfOptions
-from conversion.to_megatron import ToMegatronOptions
+from conversion import hf_to_megatron
+from conversion.run import run_conversion
+from conversion.to_hf import ToHf, ToHfOptions
+from conversion.to_megatron import ToMegatron, ToMegatronOptions
 from conversion.torch_dist_reader import TorchDistReader
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.errors import CheckpointError, ConversionError, ModelError
@@ -39,12 +40,12 @@ LAYOUTS = {
 
 
 def to_megatron(source: Path, target: Path, **options: Any) -> Path:
-    hf_to_megatron.convert(source, target, ToMegatronOptions(**options), num_workers=1)
+    run_conversion(ToMegatron(source, ToMegatronOptions(**options)), target, num_workers=1)
     return target
 
 
 def to_hf(source: Path, target: Path, config_folder: Path | None = None, **options: Any) -> Path:
-    megatron_to_hf.convert(source, target, ToHfOptions(**options), config_folder=config_folder, num_workers=1)
+    run_conversion(ToHf(source, config_folder, ToHfOptions(**options)), target, num_workers=1)
     return target
 
 
@@ -83,9 +84,8 @@ def test_every_output_is_the_same_again(hf_model: Callable[[str], Path], tmp_pat
     """Whatever the number of workers."""
     checkpoints = [tmp_path / "one", tmp_path / "two"]
     for number, target in enumerate(checkpoints, 1):
-        hf_to_megatron.convert(
-            hf_model("moe"), target, ToMegatronOptions(unit_bytes=100_000), num_workers=number
-        )
+        conversion = ToMegatron(hf_model("moe"), ToMegatronOptions(unit_bytes=100_000))
+        run_conversion(conversion, target, num_workers=number)
     paths = [path for path in checkpoints[0].rglob("*") if path.is_file()]
     files = sorted(str(path.relative_to(checkpoints[0])) for path in paths)
     assert len(files) > 10

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import megatron_to_hf, verify
+from conversion import verify
 from conversion.layouts import parse_layout
-from conversion.to_hf import ToHfOptions
+from conversion.run import run_conversion
+from conversion.to_hf import ToHf, ToHfOptions
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.errors import ConversionError
 
@@ -44,7 +45,7 @@ def test_what_is_right_passes(
     status, output = run(checkpoint("moe"), "--hf", hf_model("moe"))
     assert (status, "failed" in output) == (0, False)
     assert f"135 compared with {hf_model('moe')}" in output
-    megatron_to_hf.convert(checkpoint("moe"), tmp_path / "hf", ToHfOptions(), num_workers=1)
+    run_conversion(ToHf(checkpoint("moe"), None, ToHfOptions()), tmp_path / "hf", num_workers=1)
     assert run(tmp_path / "hf")[0] == 0
 
 
@@ -87,7 +88,7 @@ def test_another_folder(
 
 
 def test_a_converted_hf_folder(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    megatron_to_hf.convert(checkpoint("moe"), tmp_path / "hf", ToHfOptions(), num_workers=1)
+    run_conversion(ToHf(checkpoint("moe"), None, ToHfOptions()), tmp_path / "hf", num_workers=1)
     file = tmp_path / "hf" / "model.safetensors"
     flip(file, file.stat().st_size - 1)
     status, output = run(tmp_path / "hf")
@@ -99,7 +100,7 @@ def test_a_converted_hf_folder(run: Run, checkpoint: Callable[[str], Path], tmp_
 def test_other_files(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path, file: str) -> None:
     """In both formats."""
     shutil.copytree(checkpoint("dense"), tmp_path / "megatron")
-    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "hf", ToHfOptions(), num_workers=1)
+    run_conversion(ToHf(tmp_path / "megatron", None, ToHfOptions()), tmp_path / "hf", num_workers=1)
     for path, folder in [("megatron", "megatron/release/hf"), ("hf", "hf")]:
         changed = tmp_path / folder / file
         changed.write_text(changed.read_text() + " ")
@@ -109,7 +110,7 @@ def test_other_files(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path
 
 
 def test_hashes_that_are_missing(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    megatron_to_hf.convert(checkpoint("dense"), tmp_path / "hf", ToHfOptions(), num_workers=1)
+    run_conversion(ToHf(checkpoint("dense"), None, ToHfOptions()), tmp_path / "hf", num_workers=1)
     file = tmp_path / "hf" / "conversion.json"
     values = json.loads(file.read_text())
     del values["hashes"]["model.norm.weight"]

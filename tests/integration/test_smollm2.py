@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from conversion import hf_to_megatron, megatron_to_hf
-from conversion.to_hf import ToHfOptions
-from conversion.to_megatron import ToMegatronOptions
+from conversion.run import run_conversion
+from conversion.to_hf import ToHf, ToHfOptions
+from conversion.to_megatron import ToMegatron, ToMegatronOptions
 from megatron_drpo.config import (
     Config,
     DataConfig,
@@ -68,7 +68,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(smollm2: Path) -> Path:
     """The same as a torch_dist checkpoint."""
     target = smollm2.with_name("megatron")
-    hf_to_megatron.convert(smollm2, target, ToMegatronOptions())
+    run_conversion(ToMegatron(smollm2, ToMegatronOptions()), target)
     return target
 
 
@@ -113,7 +113,7 @@ def test_it_speaks_english(smollm2: Path, reference: Any) -> None:
 
 def test_round_trip(smollm2: Path, converted: Path, tmp_path: Path) -> None:
     """HF -> Megatron -> HF, bit for bit."""
-    megatron_to_hf.convert(converted, tmp_path / "back", ToHfOptions())
+    run_conversion(ToHf(converted, None, ToHfOptions()), tmp_path / "back")
     original, back = HfFolder(smollm2), HfFolder(tmp_path / "back")
     assert original.keys() == back.keys()
     for name in original:
