@@ -118,11 +118,60 @@ class EmbeddedServerConfig:
 
 
 @dataclass(kw_only=True)
+class SGLangServerConfig:
+    """The SGLang servers that this project starts (`make sglang-env` builds their environment)."""
+
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the environment that has sglang."""
+    host: str = "127.0.0.1"
+    tensor_parallel_size: int = 1
+    context_length: int | None = None
+    """Longest prompt with its response; not given: the model's own."""
+    max_total_tokens: int | None = None
+    """Tokens in the key-value cache; not given: what SGLang finds room for (16384 without a GPU)."""
+    arguments: list[str] = field(default_factory=list)
+    """Further flags of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
+
+    def problems(self) -> Problems:
+        key = "rollout.sglang"
+        yield from _at_least(self, key, 1, "tensor_parallel_size", "context_length", "max_total_tokens")
+
+
+@dataclass(kw_only=True)
+class FleetConfig:
+    """How many servers are started, and what happens to one that fails."""
+
+    num_servers: int = 1
+    health_interval_s: float = 10.0
+    """Between two generations that prove a server alive."""
+    health_timeout_s: float = 60.0
+    """A server that generates nothing for so long hangs: it is killed and started again."""
+    max_failures: int = 3
+    """Failures in a row after which a server leaves the fleet; a server that has worked for
+    failure_memory_s starts anew at 0."""
+    failure_memory_s: float = 600.0
+    restart_backoff_s: float = 1.0
+    """Pause before the first restart; it doubles with every failure in a row."""
+
+    def problems(self) -> Problems:
+        key = "rollout.fleet"
+        yield from _at_least(self, key, 1, "num_servers")
+        yield from _at_least(self, key, 0, "max_failures", "restart_backoff_s")
+        yield from _positive(self, key, "health_interval_s", "health_timeout_s", "failure_memory_s")
+
+
+@dataclass(kw_only=True)
 class RolloutConfig:
     engine: RolloutEngineName = RolloutEngineName.embedded
-    """`embedded`: started by `megatron-drpo train`. `sglang`: attach to running servers at `endpoints`."""
+    """What is started if neither `endpoints` nor `fleet_file` is given: this project's server, or SGLang."""
     endpoints: list[str] = field(default_factory=list)
-    """Base URLs of running servers, e.g. http://127.0.0.1:30000. Empty: start the embedded server."""
+    """Base URLs of servers that others run, e.g. http://127.0.0.1:30000. Empty: start a fleet."""
+    fleet_file: str | None = None
+    """The fleet.json of a running fleet, see `megatron-drpo fleet up`; instead of `endpoints`."""
+    max_staleness: int = 0
+    """Steps by which sampling may be ahead of training. 0: synchronous. 1: the next step's batch is sampled
+    while this one trains. n: up to n more batches are in flight, and no token is trained on that is more than
+    n steps old."""
     num_prompts_per_step: int = 64
     num_samples_per_prompt: int = 8
     max_response_tokens: int = 1024
@@ -143,6 +192,8 @@ class RolloutConfig:
     startup_timeout_s: float = 120.0
     """How long a server may take until it answers /health."""
     embedded: EmbeddedServerConfig = field(default_factory=EmbeddedServerConfig)
+    sglang: SGLangServerConfig = field(default_factory=SGLangServerConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def problems(self) -> Problems:
         yield from _at_least(
@@ -154,18 +205,24 @@ class RolloutConfig:
             "max_response_tokens",
             "max_concurrent_requests",
         )
-        yield from _at_least(self, "rollout", 0, "num_retries")
+        yield from _at_least(self, "rollout", 0, "num_retries", "max_staleness")
         yield from _positive(self, "rollout", "temperature", "request_timeout_s", "startup_timeout_s")
         if not 0 < self.top_p <= 1:
             yield f"rollout.top_p={self.top_p}: must be in (0, 1]"
         if self.top_k != -1 and self.top_k < 1:
             yield f"rollout.top_k={self.top_k}: must be -1 (off) or at least 1"
-        if self.engine is RolloutEngineName.sglang and not self.endpoints:
-            yield "rollout.engine=sglang needs rollout.endpoints: the URLs of running servers"
+        if self.endpoints and self.fleet_file is not None:
+            yield "rollout.endpoints and rollout.fleet_file exclude each other: give one of them"
+        if self.deterministic and self.max_staleness:
+            yield (
+                f"rollout.max_staleness={self.max_staleness}: rollout.deterministic=True needs 0, because "
+                "what is sampled while weights change depends on time"
+            )
         for url in self.endpoints:
             if not url.startswith(("http://", "https://")):
                 yield f"rollout.endpoints: {url!r} must start with http:// or https://"
-        yield from self.embedded.problems()
+        for section in (self.embedded, self.sglang, self.fleet):
+            yield from section.problems()
 
 
 # -------------------------------------------------------------------------------------------- reward
@@ -378,6 +435,17 @@ class Recompute(StrEnum):
     full = "full"
 
 
+class RoutingReplay(StrEnum):
+    none = "none"
+    rollout = "rollout"
+    recomputed = "recomputed"
+
+
+class OnBadRoutes(StrEnum):
+    error = "error"
+    fallback = "fallback"
+
+
 class LogprobMode(StrEnum):
     auto = "auto"
     one_pass = "one_pass"
@@ -413,6 +481,13 @@ class PolicyConfig:
     logprob_buffer_bytes: int = 256 * 2**20
     """Memory for logits; tokens go through the LM head in chunks that fit. One chunk, one collective
     where the mode is one_pass."""
+    routing_replay: RoutingReplay = RoutingReplay.none
+    """Which experts a token goes to in an update. none: what the router's current weights say. rollout: what
+    the server chose when it sampled (R3, arXiv 2510.11370). recomputed: what the trainer's own pass before
+    the step's first update chose (R2)."""
+    on_bad_routes: OnBadRoutes = OnBadRoutes.error
+    """Routes that are missing or cannot be right: stop and name the sequence, or let the router choose for
+    that sequence and count it."""
     megatron_overrides: dict[str, Any] = field(default_factory=dict)
     """Further fields of Megatron's TransformerConfig; unknown names are an error."""
 
@@ -504,6 +579,40 @@ class OptimizerConfig:
             yield f"optimizer.min_lr={self.min_lr}: must not exceed optimizer.lr={self.lr}"
 
 
+# --------------------------------------------------------------------------------------- weight sync
+
+
+class WeightSyncPath(StrEnum):
+    tensor = "tensor"
+    distributed = "distributed"
+    disk = "disk"
+
+
+@dataclass(kw_only=True)
+class WeightSyncConfig:
+    """How new weights reach the rollout servers after an update."""
+
+    path: WeightSyncPath = WeightSyncPath.tensor
+    """tensor: in requests. distributed: broadcast over NCCL or gloo. disk: an HF folder in run_dir, on a file
+    system that the servers share."""
+    bucket_bytes: int = 256 * 2**20
+    """Tensors travel in buckets of about this size; a larger tensor goes alone."""
+    timeout_s: float = 120.0
+    """Limit of each request and of each broadcast; a server that exceeds it is fenced."""
+    verify_every: int = 1
+    """Compare checksums after every n-th sync; 0: never."""
+    host: str = "127.0.0.1"
+    """distributed: address of the first trainer rank, as servers reach it."""
+    servers_per_group: int = 1
+    """distributed: servers that share one broadcast. 1: a dead server never holds up another. More: fewer
+    bytes leave the trainer, and a server that fails takes its group along."""
+
+    def problems(self) -> Problems:
+        yield from _at_least(self, "weight_sync", 1, "bucket_bytes", "servers_per_group")
+        yield from _at_least(self, "weight_sync", 0, "verify_every")
+        yield from _positive(self, "weight_sync", "timeout_s")
+
+
 # ----------------------------------------------------------------------------------------- run state
 
 
@@ -569,6 +678,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

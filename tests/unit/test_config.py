@@ -54,6 +54,12 @@ def test_what_has_no_default_is_asked_for() -> None:
 
 
 AT_LEAST_1 = [
+    "rollout.sglang.tensor_parallel_size",
+    "rollout.sglang.context_length",
+    "rollout.sglang.max_total_tokens",
+    "rollout.fleet.num_servers",
+    "weight_sync.bucket_bytes",
+    "weight_sync.servers_per_group",
     "train.num_steps",
     "train.num_updates_per_step",
     "data.max_prompt_tokens",
@@ -80,6 +86,10 @@ AT_LEAST_1 = [
     "eval.num_samples_per_prompt",
 ]
 AT_LEAST_0 = [
+    "rollout.max_staleness",
+    "rollout.fleet.max_failures",
+    "rollout.fleet.restart_backoff_s",
+    "weight_sync.verify_every",
     "rollout.num_retries",
     "algorithm.correction.token_low",
     "algorithm.kl.coef",
@@ -94,6 +104,10 @@ AT_LEAST_0 = [
     "metrics.num_rollouts_dumped",
 ]
 POSITIVE = [
+    "rollout.fleet.health_interval_s",
+    "rollout.fleet.health_timeout_s",
+    "rollout.fleet.failure_memory_s",
+    "weight_sync.timeout_s",
     "rollout.temperature",
     "rollout.request_timeout_s",
     "rollout.startup_timeout_s",
@@ -167,8 +181,13 @@ def test_value_at_the_edge_of_its_range(key: str, value: float | None) -> None:
     ("changes", "problem"),
     [
         (
-            {"rollout__engine": "sglang"},
-            "rollout.engine=sglang needs rollout.endpoints: the URLs of running servers",
+            {"rollout__endpoints": ["http://127.0.0.1:30000"], "rollout__fleet_file": "runs/fleet.json"},
+            "rollout.endpoints and rollout.fleet_file exclude each other: give one of them",
+        ),
+        (
+            {"rollout__deterministic": True, "rollout__max_staleness": 1},
+            "rollout.max_staleness=1: rollout.deterministic=True needs 0, because what is sampled while weights "
+            "change depends on time",
         ),
         (
             {"rollout__endpoints": ["localhost:30000"]},
