@@ -9,6 +9,7 @@ need the model (heads, layers, experts) live in `policy/parallel.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -155,8 +156,8 @@ class FleetConfig:
 
     def problems(self) -> Problems:
         key = "rollout.fleet"
-        yield from _at_least(self, key, 1, "num_servers")
-        yield from _at_least(self, key, 0, "max_failures", "restart_backoff_s")
+        yield from _at_least(self, key, 1, "num_servers", "max_failures")
+        yield from _at_least(self, key, 0, "restart_backoff_s")
         yield from _positive(self, key, "health_interval_s", "health_timeout_s", "failure_memory_s")
 
 
@@ -168,10 +169,16 @@ class RolloutConfig:
     """Base URLs of servers that others run, e.g. http://127.0.0.1:30000. Empty: start a fleet."""
     fleet_file: str | None = None
     """The fleet.json of a running fleet, see `megatron-drpo fleet up`; instead of `endpoints`."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key which the servers ask for; servers we start get it as well."""
     max_staleness: int = 0
     """Steps by which sampling may be ahead of training. 0: synchronous. 1: the next step's batch is sampled
     while this one trains. n: up to n more batches are in flight, and no token is trained on that is more than
     n steps old."""
+    oversampling: float = 0.0
+    """Share of further prompts in flight beyond what a step needs: it trains on the first groups to finish.
+    The slowest are interrupted and go on from the tokens they have, in the next step: tokens may be one step
+    older than max_staleness says."""
     num_prompts_per_step: int = 64
     num_samples_per_prompt: int = 8
     max_response_tokens: int = 1024
@@ -188,12 +195,19 @@ class RolloutConfig:
     """Requests in flight per data-parallel replica; each asks for all samples of one prompt."""
     request_timeout_s: float = 600.0
     num_retries: int = 3
-    """Further attempts of a failed request before the run stops."""
+    """Further attempts of a failed request, each on the server that is least busy, before the run stops."""
     startup_timeout_s: float = 120.0
-    """How long a server may take until it answers /health."""
+    """How long a server may take until it generates."""
+    no_server_timeout_s: float = 600.0
+    """How long to wait while no server of the fleet has current weights, before the run stops."""
     embedded: EmbeddedServerConfig = field(default_factory=EmbeddedServerConfig)
     sglang: SGLangServerConfig = field(default_factory=SGLangServerConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+
+    @property
+    def api_key(self) -> str | None:
+        """What `api_key_env` holds."""
+        return None if self.api_key_env is None else os.environ.get(self.api_key_env)
 
     def problems(self) -> Problems:
         yield from _at_least(
@@ -205,19 +219,24 @@ class RolloutConfig:
             "max_response_tokens",
             "max_concurrent_requests",
         )
-        yield from _at_least(self, "rollout", 0, "num_retries", "max_staleness")
-        yield from _positive(self, "rollout", "temperature", "request_timeout_s", "startup_timeout_s")
+        yield from _at_least(self, "rollout", 0, "num_retries", "max_staleness", "oversampling")
+        yield from _positive(
+            self, "rollout", "temperature", "request_timeout_s", "startup_timeout_s", "no_server_timeout_s"
+        )
+        if self.api_key_env is not None and not self.api_key:
+            yield f"rollout.api_key_env={self.api_key_env}: that environment variable is not set"
         if not 0 < self.top_p <= 1:
             yield f"rollout.top_p={self.top_p}: must be in (0, 1]"
         if self.top_k != -1 and self.top_k < 1:
             yield f"rollout.top_k={self.top_k}: must be -1 (off) or at least 1"
         if self.endpoints and self.fleet_file is not None:
             yield "rollout.endpoints and rollout.fleet_file exclude each other: give one of them"
-        if self.deterministic and self.max_staleness:
-            yield (
-                f"rollout.max_staleness={self.max_staleness}: rollout.deterministic=True needs 0, because "
-                "what is sampled while weights change depends on time"
-            )
+        for name in ("max_staleness", "oversampling"):
+            if self.deterministic and getattr(self, name):
+                yield (
+                    f"rollout.{name}={getattr(self, name)}: rollout.deterministic=True needs 0, for what is "
+                    "sampled would depend on time"
+                )
         for url in self.endpoints:
             if not url.startswith(("http://", "https://")):
                 yield f"rollout.endpoints: {url!r} must start with http:// or https://"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_drpo.errors import DataError
-from megatron_drpo.types import Prompt, RolloutGroup
+from megatron_drpo.types import RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ def fill_share(
     num_groups: int,
     max_rounds: int,
     *,
-    draw: Callable[[int], list[Prompt]],
-    sample: Callable[[list[Prompt], int], list[ScoredGroup]],
+    sample: Callable[[int, int, bool], list[ScoredGroup]],
     agree: Callable[[int], int],
 ) -> FilledShare:
     """Sample round by round until every replica has `num_groups` groups whose rewards differ.
@@ -54,8 +53,8 @@ def fill_share(
     in prompt order. After `max_rounds` the step goes on with what there is.
 
     Args:
-        draw: this replica's next prompts, that many; each replica draws its own.
-        sample: prompts and the round's index to scored groups, in order.
+        sample: draws so many prompts, each replica its own, in the round of this index; and their scored
+            groups, in order, if the replica wants them.
         agree: the maximum of a number over the replicas; called equally often on all of them.
 
     Raises:
@@ -70,8 +69,7 @@ def fill_share(
         if num_prompts == 0:
             break
         share.num_rounds += 1
-        prompts = draw(num_prompts)
-        scored = sample(prompts, round_index) if missing else []
+        scored = sample(num_prompts, round_index, missing > 0)
         varied = [group for group in scored if not group.is_constant]
         share.num_sampled += len(scored)
         share.num_dropped += len(scored) - len(varied)

@@ -1,7 +1,8 @@
 """From prompts to training sequences: one replica's share of a step.
 
 Everything here runs on the replica's leader alone. `RolloutExperience` samples and scores (train.mode=rl);
-`DemonstrationExperience` reads demonstrations (train.mode=sft).
+`DemonstrationExperience` reads demonstrations (train.mode=sft). `sample` waits for the servers, in turns with
+all other ranks; `build` comes when every replica has what it waited for, and may use plain collectives.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,10 +27,13 @@ from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.rewards.control import shuffle_rewards
 from megatron_drpo.rewards.overlong import compute_overlong
 from megatron_drpo.rewards.pool import RewardPool
-from megatron_drpo.rollout.engine import RolloutEngine
+from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
+from megatron_drpo.rollout.stream import GroupStream
 from megatron_drpo.sequences import build_sequences, describe_prompt
 from megatron_drpo.types import FinishReason, Prompt, RolloutGroup, TrainSequence
 
+WaitUntil = Callable[[Callable[[float], bool]], None]
+"""Takes a function that waits for so many seconds at most and says whether all is there."""
 EVAL_SEED_STEP = -1
 """Evaluations draw from their own seeds, the same ones every time, so that they differ by the policy only."""
 
@@ -49,9 +54,14 @@ class SampleStatistics:
     num_groups_dropped: float = 0.0
     """Because their rewards were all equal."""
     num_rounds: float = 0.0
+    num_response_tokens: float = 0.0
+    """Of the groups that are trained, as the next two."""
+    staleness_sum: float = 0.0
+    """Of all response tokens: policy versions between sampling and training."""
+    staleness_max: float = 0.0
 
 
-MAXIMA = ("length_max", "num_rounds")
+MAXIMA = ("length_max", "num_rounds", "staleness_max")
 """Fields of SampleStatistics whose total over replicas is the maximum."""
 
 
@@ -66,10 +76,26 @@ class Experience:
     """What rollouts/ shows of this share."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Samples:
+    """What a step's training sequences are made of."""
+
+    statistics: SampleStatistics
+    groups: list[ScoredGroup] = field(default_factory=list)
+    """Empty for demonstrations."""
+
+
 class ExperienceSource(Protocol):
     """Makes a step's training sequences from this replica's share of its prompts."""
 
-    def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience: ...
+    @property
+    def pending(self) -> list[int]:
+        """Ids of prompts that were drawn, but not for the steps built so far."""
+        ...
+
+    def sample(self, step: int, policy_version: int, timer: StepTimer) -> Samples: ...
+
+    def build(self, samples: Samples, policy_version: int) -> Experience: ...
 
 
 class DemonstrationExperience:
@@ -83,12 +109,19 @@ class DemonstrationExperience:
         self._eos = eos_token_id
         self._vocab_size = vocab_size
 
-    def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience:
+    @property
+    def pending(self) -> list[int]:
+        return []
+
+    def sample(self, step: int, policy_version: int, timer: StepTimer) -> Samples:
+        return Samples(statistics=SampleStatistics())
+
+    def build(self, samples: Samples, policy_version: int) -> Experience:
         """
         Raises:
             DataError: the tokenizer writes an id that the model does not have; names the prompt's line.
         """
-        statistics = SampleStatistics()
+        statistics = samples.statistics
         sequences = []
         for number, prompt in enumerate(self._share.next()):
             response = self._tokenizer.encode(prompt.response or "", add_special_tokens=False)
@@ -129,6 +162,7 @@ class RolloutExperience:
         *,
         vocab_size: int,
         num_topk: int,
+        wait_until: WaitUntil,
         agree: Callable[[int], int],
         sum_over_replicas: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
@@ -136,8 +170,10 @@ class RolloutExperience:
         Args:
             vocab_size: of the policy; a response with another id is refused.
             num_topk: most probable ids per token that the loss asks for.
-            agree: the maximum of a number over all replicas; a collective among their leaders.
-            sum_over_replicas: likewise the sum of a tensor.
+            wait_until: waits together with the other ranks until a condition holds here.
+            agree: the maximum of a number over all replicas; a collective among their leaders, who take part
+                in others' waiting meanwhile.
+            sum_over_replicas: the sum of a tensor over all replicas; a plain collective among their leaders.
         """
         self._config = config
         self._share = share
@@ -145,42 +181,74 @@ class RolloutExperience:
         self._rewards = rewards
         self._vocab_size = vocab_size
         self._num_topk = num_topk
+        self._wait_until = wait_until
         self._agree = agree
         self._sum_over_replicas = sum_over_replicas
+        self._stream = GroupStream(
+            share.num_prompts,
+            config.rollout.max_staleness,
+            share.next,
+            lambda prompts, step: engine.submit(prompts, SamplingPlan(step=step, num_topk=num_topk)),
+            config.rollout.oversampling,
+        )
 
-    def collect(self, step: int, policy_version: int, timer: StepTimer) -> Experience:
+    @property
+    def pending(self) -> list[int]:
+        return self._stream.pending_prompt_ids
+
+    def sample(self, step: int, policy_version: int, timer: StepTimer) -> Samples:
         """
         Raises:
-            DataError, RewardError, RolloutError: something that must not reach the policy; names it.
+            RewardError, RolloutError: something that must not reach the policy; names it.
         """
         statistics = SampleStatistics()
 
-        def sample(prompts: list[Prompt], round_index: int) -> list[ScoredGroup]:
+        def sample(num_prompts: int, round_index: int, is_wanted: bool) -> list[ScoredGroup]:
             with timer.phase("rollout"):
-                groups = self._engine.generate(
-                    prompts,
-                    policy_version=policy_version,
-                    step=step,
-                    round_index=round_index,
-                    num_topk=self._num_topk,
-                )
+                if round_index == 0:
+                    groups = self._next_groups(step, policy_version)
+                else:
+                    groups = self._more_groups(step, round_index, num_prompts, is_wanted)
             with timer.phase("reward"):
                 return self._score(groups, step, statistics)
 
         dynamic = self._config.algorithm.dynamic_sampling
         if not dynamic.enabled:
-            return self._build(sample(self._share.next(), 0), statistics)
-        filled = fill_share(
-            self._share.num_prompts,
-            dynamic.max_rounds,
-            draw=self._share.next,
-            sample=sample,
-            agree=self._agree,
-        )
+            groups = sample(self._share.num_prompts, 0, True)
+            return Samples(statistics=statistics, groups=groups)
+        filled = fill_share(self._share.num_prompts, dynamic.max_rounds, sample=sample, agree=self._agree)
         statistics.num_groups = filled.num_sampled
         statistics.num_groups_dropped = filled.num_dropped
         statistics.num_rounds = filled.num_rounds
-        return self._build(filled.groups, statistics)
+        return Samples(statistics=statistics, groups=filled.groups)
+
+    def _next_groups(self, step: int, policy_version: int) -> list[RolloutGroup]:
+        """A step's groups; then sampling runs ahead as far as it may."""
+        self._stream.fill(step, ahead=False)
+        self._wait_until(lambda timeout_s: self._stream.is_ready(policy_version, timeout_s))
+        groups = self._stream.take(policy_version)
+        self._stream.fill(step + 1, ahead=True)
+        if self._config.rollout.max_staleness == 0 and self._stream.num_pending:
+            self._engine.interrupt()  # of oversampling: what is left over goes on in the next step
+        return groups
+
+    def _more_groups(
+        self, step: int, round_index: int, num_prompts: int, is_wanted: bool
+    ) -> list[RolloutGroup]:
+        """A further round of dynamic sampling; every replica draws, for their cursors to stay equal."""
+        prompts = self._share.next(num_prompts)
+        if not is_wanted:
+            return []
+        plan = SamplingPlan(step=step, round_index=round_index, num_topk=self._num_topk)
+        return sample_all(self._engine, prompts, plan, self._wait_until)
+
+    def build(self, samples: Samples, policy_version: int) -> Experience:
+        """
+        Raises:
+            DataError, RewardError: something that must not reach the policy; names it.
+        """
+        _count_staleness(samples.statistics, samples.groups, policy_version)
+        return self._build(samples.groups, samples.statistics)
 
     def _score(
         self, groups: Sequence[RolloutGroup], step: int, statistics: SampleStatistics
@@ -240,34 +308,62 @@ class Evaluator:
     """avg@k on this replica's share of the held-out prompts."""
 
     def __init__(
-        self, config: Config, prompts: list[Prompt], engine: RolloutEngine, rewards: RewardPool
+        self,
+        config: Config,
+        prompts: list[Prompt],
+        engine: RolloutEngine,
+        rewards: RewardPool,
+        wait_until: WaitUntil,
     ) -> None:
+        """
+        Args:
+            wait_until: see `RolloutExperience`.
+        """
         self._config = config.eval
         self._prompts = prompts
         self._engine = engine
         self._rewards = rewards
+        self._wait_until = wait_until
 
-    def evaluate(
-        self, policy_version: int, on_progress: Callable[[int], None] | None = None
-    ) -> SampleStatistics:
+    def evaluate(self) -> SampleStatistics:
         """Sample k responses per prompt and score them; the mean reward is avg@k."""
         statistics = SampleStatistics()
-        if not self._prompts:
-            return statistics
-        groups = self._engine.generate(
-            self._prompts,
-            policy_version=policy_version,
+        plan = SamplingPlan(
             step=EVAL_SEED_STEP,
             num_samples_per_prompt=self._config.num_samples_per_prompt,
             temperature=self._config.temperature,
             top_p=self._config.top_p,
-            on_progress=on_progress,
         )
+        groups = sample_all(self._engine, self._prompts, plan, self._wait_until)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         for rollout, reward in zip(rollouts, self._rewards.score(rollouts), strict=True):
             truncated = rollout.finish_reason is not FinishReason.stop
             _count(statistics, rollout.prompt, len(rollout.response_ids), reward=reward, truncated=truncated)
         return statistics
+
+
+def sample_all(
+    engine: RolloutEngine, prompts: Sequence[Prompt], plan: SamplingPlan, wait_until: WaitUntil
+) -> list[RolloutGroup]:
+    """Sample responses to every prompt, waiting together with the other ranks; groups in order."""
+    futures = [group.future for group in engine.submit(prompts, plan)]
+
+    def is_ready(timeout_s: float) -> bool:
+        waiting = wait(futures, timeout=timeout_s, return_when=FIRST_EXCEPTION).not_done
+        return not waiting or any(f.done() and f.exception() is not None for f in futures)
+
+    wait_until(is_ready)
+    return [future.result() for future in futures]
+
+
+def _count_staleness(
+    statistics: SampleStatistics, groups: Sequence[ScoredGroup], policy_version: int
+) -> None:
+    for rollout in (rollout for item in groups for rollout in item.group.rollouts):
+        ages = [policy_version - version for version in rollout.policy_versions]
+        statistics.num_response_tokens += len(ages)
+        statistics.staleness_sum += sum(ages)
+        statistics.staleness_max = max(statistics.staleness_max, *ages, 0)
 
 
 def _count(

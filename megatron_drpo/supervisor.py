@@ -1,4 +1,4 @@
-"""One machine's run: checks everything, starts the rollout server and the ranks, and cleans up."""
+"""One machine's run: checks everything, starts the rollout servers and the ranks, and cleans up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_drpo.check import check_config
-from megatron_drpo.config import Config, Mode, RolloutEngineName
+from megatron_drpo.config import Config, Mode
 from megatron_drpo.config_io import to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError, RankError
 from megatron_drpo.lifetime import SUPERVISOR_PID
-from megatron_drpo.rollout.launch import EmbeddedServers
+from megatron_drpo.rollout.launch import build_fleet, starts_fleet
 
 
 def supervise(config: Config) -> None:
@@ -40,27 +40,18 @@ def supervise(config: Config) -> None:
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir}: cannot be written: {error}") from error
     with ExitStack() as stack:
-        endpoints, servers = config.rollout.endpoints, None
-        starts_server = config.rollout.engine is RolloutEngineName.embedded and not endpoints
-        if config.train.mode is Mode.rl and starts_server:
-            servers = stack.enter_context(
-                EmbeddedServers(
-                    config.rollout,
-                    model_path=config.policy.model_path,
-                    dtype=config.policy.dtype,
-                    run_dir=run_dir,
-                )
-            )
-            endpoints = servers.endpoints
+        fleet = None
+        if config.train.mode is Mode.rl and starts_fleet(config):
+            fleet = stack.enter_context(build_fleet(config))
         try:
-            _run_ranks(config, endpoints)
+            _run_ranks(config, [] if fleet is None else [f"rollout.fleet_file={fleet.path}"])
         except DrpoError:
-            if servers is not None:
-                servers.check()
+            if fleet is not None:
+                fleet.check()
             raise
 
 
-def _run_ranks(config: Config, endpoints: list[str]) -> None:
+def _run_ranks(config: Config, overrides: list[str]) -> None:
     """torchrun's own API on this machine; rank 0 speaks to the terminal, the others to files."""
     num_ranks = config.parallel.world_size
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -84,7 +75,7 @@ def _run_ranks(config: Config, endpoints: list[str]) -> None:
     arguments = ["-m", "megatron_drpo.train", f"config={config.run_dir}/config.yaml"]
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        elastic_launch(launch, sys.executable)(*arguments, f"rollout.endpoints=[{','.join(endpoints)}]")
+        elastic_launch(launch, sys.executable)(*arguments, *overrides)
     except ChildFailedError as error:
         failed = ", ".join(str(rank) for rank in sorted(error.failures))
         raise RankError(

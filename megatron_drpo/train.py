@@ -12,7 +12,8 @@ from rich.table import Table
 
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.config import Config, Mode, RolloutConfig, RolloutEngineName
+from megatron_drpo.collective_wait import CollectiveWait, completes
+from megatron_drpo.config import Config, Mode
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -33,11 +34,14 @@ from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.platform import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.publish import WeightPublisher
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
-from megatron_drpo.rollout.engine import RolloutEngine
+from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
+from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.trainer import Trainer
-from megatron_drpo.weight_sync.push import WeightPusher
+from megatron_drpo.weight_sync.control import FleetControl
+from megatron_drpo.weight_sync.push import build_pusher
 
 
 def run(config: Config) -> None:
@@ -60,11 +64,13 @@ def run(config: Config) -> None:
         policy = Policy(config, platform, parallel)
         if parallel.is_main:
             _print_banner(config, platform, policy)
-        publishes = parallel.is_main and config.train.mode is Mode.rl
-        pusher = _build_pusher(config.rollout, stack) if publishes else None
+        is_rl = config.train.mode is Mode.rl
+        engine = _build_engine(config, policy, stack) if is_rl and parallel.is_leader else None
+        publisher = _build_publisher(config, policy, engine, stack) if is_rl else None
+        wait = CollectiveWait(publisher)
         share = experience = evaluator = None
         if parallel.is_leader:
-            share, experience, evaluator = _build_leader(config, policy, stack)
+            share, experience, evaluator = _build_leader(config, policy, engine, wait, stack)
         if progress is not None:
             stack.enter_context(progress)
         Trainer(
@@ -74,7 +80,8 @@ def run(config: Config) -> None:
             share=share,
             experience=experience,
             evaluator=evaluator,
-            pusher=pusher,
+            publisher=publisher,
+            wait=wait,
             writer=writer,
             progress=progress,
         ).run()
@@ -84,13 +91,37 @@ def run(config: Config) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _build_engine(config: Config, policy: Policy, stack: ExitStack) -> RolloutEngine:
+    """What asks the servers for a replica's rollouts; it has none before the first weight sync."""
+    tokenizer = load_tokenizer(config.policy.model_path)
+    engine = RolloutEngine(
+        config.rollout,
+        tokenizer,
+        stop_token_ids=read_stop_token_ids(config.policy.model_path, tokenizer),
+        vocab_size=policy.architecture.vocab_size,
+        seed=config.seed,
+    )
+    stack.callback(engine.close)
+    return engine
+
+
+def _build_publisher(
+    config: Config, policy: Policy, engine: RolloutEngine | None, stack: ExitStack
+) -> WeightPublisher:
+    control = None
+    if policy.parallel.is_main:
+        wait_until_ready(config.rollout, config.rollout.endpoints)
+        control = FleetControl(config.rollout, build_pusher(config))
+        stack.callback(control.close)
+    return WeightPublisher(policy, control=control, engine=engine)
+
+
 def _build_leader(
-    config: Config, policy: Policy, stack: ExitStack
+    config: Config, policy: Policy, engine: RolloutEngine | None, wait: CollectiveWait, stack: ExitStack
 ) -> tuple[PromptShare, ExperienceSource, Evaluator | None]:
-    """What asks for a replica's data: prompts, engine, rewards."""
+    """Where a replica's data comes from: prompts, engine, rewards."""
     parallel = policy.parallel
     tokenizer = load_tokenizer(config.policy.model_path)
-    stop_token_ids = read_stop_token_ids(config.policy.model_path, tokenizer)
     wants_answer = config.train.mode is Mode.rl and needs_answer(config.reward)
 
     def load(path: str) -> PromptFile:
@@ -99,36 +130,24 @@ def _build_leader(
     train_prompts = load(config.data.train_path).prompts
     source = PromptSource(train_prompts, shuffle=config.data.shuffle, seed=config.seed)
     share = PromptShare(source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size)
-    if config.train.mode is Mode.sft:
-        vocab_size = policy.architecture.vocab_size
-        return (
-            share,
-            DemonstrationExperience(share, tokenizer, stop_token_ids[0], vocab_size=vocab_size),
-            None,
-        )
+    vocab_size = policy.architecture.vocab_size
+    if engine is None:
+        eos_token_id = read_stop_token_ids(config.policy.model_path, tokenizer)[0]
+        return share, DemonstrationExperience(share, tokenizer, eos_token_id, vocab_size=vocab_size), None
     rewards = stack.enter_context(RewardPool(config.reward))
-    engine = RolloutEngine(
-        config.rollout,
-        config.rollout.endpoints,
-        tokenizer,
-        stop_token_ids=stop_token_ids,
-        vocab_size=policy.architecture.vocab_size,
-        seed=config.seed,
-    )
-    stack.callback(engine.close)
-    engine.wait_until_ready(config.rollout.startup_timeout_s)
     evaluator = None
     if config.eval.every_steps and config.data.eval_path is not None:
         held_out = load(config.data.eval_path).prompts[parallel.data_rank :: parallel.data_size]
-        evaluator = Evaluator(config, held_out, engine, rewards)
+        evaluator = Evaluator(config, held_out, engine, rewards, wait.until)
     experience = RolloutExperience(
         config,
         share,
         engine,
         rewards,
-        vocab_size=policy.architecture.vocab_size,
+        vocab_size=vocab_size,
         num_topk=build_loss(config.algorithm.loss).num_topk,
-        agree=lambda value: int(_gather(parallel, torch.tensor(value)).max()),
+        wait_until=wait.until,
+        agree=lambda value: _maximum(parallel, value, wait),
         sum_over_replicas=lambda values: _gather(parallel, values).sum(0),
     )
     return share, experience, evaluator
@@ -142,14 +161,14 @@ def _gather(parallel: ParallelState, values: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered).cpu()
 
 
-def _build_pusher(config: RolloutConfig, stack: ExitStack) -> WeightPusher:
-    pusher = WeightPusher(
-        config.endpoints,
-        timeout_s=config.request_timeout_s,
-        verify_checksum=config.engine is RolloutEngineName.embedded,
-    )
-    stack.callback(pusher.close)
-    return pusher
+def _maximum(parallel: ParallelState, value: int, wait: CollectiveWait) -> int:
+    """Over the replicas, whose leaders come to it at different times."""
+    mine = torch.tensor(value, device=parallel.device)
+    gathered = [torch.empty_like(mine) for _ in range(parallel.data_size)]
+    work = torch.distributed.all_gather(gathered, mine, group=parallel.data_group, async_op=True)
+    assert work is not None  # this rank is in the group
+    wait.until(lambda timeout_s: completes(work, timeout_s))
+    return int(torch.stack(gathered).max())
 
 
 def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
@@ -195,9 +214,10 @@ def main() -> None:
     try:
         config = load_config(sys.argv[1:])
         problems = check_config(config)
-        if config.train.mode is Mode.rl and not config.rollout.endpoints:
+        if config.train.mode is Mode.rl and starts_fleet(config):
             problems.append(
-                "rollout.endpoints is empty: a rank starts no server; give the URLs of running ones"
+                "rollout.endpoints is empty and there is no rollout.fleet_file: a rank starts no server; "
+                "give the URLs of running ones, or start a fleet with `megatron-drpo fleet up`"
             )
         if problems:
             raise ConfigError(*problems)

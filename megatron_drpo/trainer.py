@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
+from megatron_drpo.collective_wait import CollectiveWait
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
@@ -29,8 +30,8 @@ from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
+from megatron_drpo.publish import WeightPublisher
 from megatron_drpo.types import MicroBatch
-from megatron_drpo.weight_sync.push import WeightPusher
 
 Metrics = dict[str, float | str | list[float]]
 
@@ -41,7 +42,8 @@ class Trainer:
     Args:
         share, experience: on replica leaders.
         evaluator: on replica leaders, if evaluation is on.
-        pusher: on global rank 0, in rl mode.
+        publisher: on every rank, in rl mode.
+        wait: on every rank.
         writer, progress: on global rank 0.
     """
 
@@ -54,7 +56,8 @@ class Trainer:
         share: PromptShare | None,
         experience: ExperienceSource | None,
         evaluator: Evaluator | None,
-        pusher: WeightPusher | None,
+        publisher: WeightPublisher | None,
+        wait: CollectiveWait,
         writer: MetricsWriter | None,
         progress: Progress | None,
     ) -> None:
@@ -64,7 +67,8 @@ class Trainer:
         self.share = share
         self.experience = experience
         self.evaluator = evaluator
-        self.pusher = pusher
+        self.publisher = publisher
+        self.wait = wait
         self.writer = writer
         self.progress = progress
         self.state = RunState()
@@ -107,8 +111,7 @@ class Trainer:
         updates = [self._update(micro_batches) for micro_batches in batches]
         self.state.policy_version += 1
         self._publish_weights()
-        if self.share is not None:
-            self.share.mark_consumed()
+        self._mark_consumed()
         if self.policy.parallel.is_main and experience.records:
             write_rollouts(self.config.run_dir, step + 1, experience.records)
         return self._sample_metrics(experience.statistics) | self._update_metrics(updates)
@@ -121,27 +124,35 @@ class Trainer:
             raise NumericsError(f"{error}. The update changed no weight; {folder} reproduces it") from error
 
     def _collect(self, step: int) -> Experience:
-        experience = Experience(sequences=[], statistics=SampleStatistics())
+        version = self.state.policy_version
+        samples = None
         if self.experience is not None:
-            experience = self.experience.collect(step, self.state.policy_version, self.timer)
+            samples = self.experience.sample(step, version, self.timer)
         with self.timer.phase("rollout"):  # the slowest replica's
-            dist.barrier()
-        return experience
+            self.wait.for_others()
+        if self.experience is None or samples is None:
+            return Experience(sequences=[], statistics=SampleStatistics())
+        return self.experience.build(samples, version)
 
     def _publish_weights(self) -> None:
-        """Give every server the current weights; collective, for the export gathers shards of all ranks."""
-        if self.config.train.mode is Mode.sft:
+        if self.publisher is None:
             return
         self._phase("weight sync")
         with self.timer.phase("weight_sync"):
-            tensors = self.policy.hf_tensors()
-            if self.pusher is not None:
-                self.pusher.push(tensors, self.state.policy_version)
-            else:
-                for _ in tensors:
-                    pass
-            # No replica samples before every server has the new weights: after a start they hold older ones.
-            dist.barrier()
+            self.publisher.publish(self.state.policy_version)
+
+    def _mark_consumed(self) -> None:
+        """The step's prompts count; those of groups still in flight, on any replica, do not yet."""
+        if self.share is None or self.experience is None:
+            return
+        pending = self.experience.pending
+        rollout = self.config.rollout
+        if rollout.max_staleness or rollout.oversampling:
+            parallel = self.policy.parallel
+            gathered: list[list[int]] = [[] for _ in range(parallel.data_size)]
+            dist.all_gather_object(gathered, pending, group=parallel.data_group)
+            pending = [prompt_id for ids in gathered for prompt_id in ids]
+        self.share.mark_consumed(pending)
 
     # ------------------------------------------------------------------------------------ now and then
 
@@ -158,7 +169,8 @@ class Trainer:
         with self.timer.phase("eval"):
             statistics = SampleStatistics()
             if self.evaluator is not None:
-                statistics = self.evaluator.evaluate(self.state.policy_version)
+                statistics = self.evaluator.evaluate()
+            self.wait.for_others()
             total = self._sum(statistics)
         return {
             "eval/accuracy": total.reward_sum / max(total.num_samples, 1),
@@ -224,6 +236,8 @@ class Trainer:
             mean = total.reward_sum / count
             metrics["reward/mean"] = mean
             metrics["reward/std"] = math.sqrt(max(total.reward_square_sum / count - mean * mean, 0.0))
+            metrics["rollout/staleness_mean"] = total.staleness_sum / max(total.num_response_tokens, 1)
+            metrics["rollout/staleness_max"] = total.staleness_max
             if self.config.algorithm.dynamic_sampling.enabled:
                 metrics["rollout/num_rounds"] = total.num_rounds
                 metrics["rollout/groups_dropped_share"] = total.num_groups_dropped / max(total.num_groups, 1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_drpo.data.cursor import Cursor
@@ -134,10 +134,22 @@ class PromptShare:
         self._handed_out += [prompt.id for prompt in prompts]
         return prompts[self._rank :: self._size]
 
-    def mark_consumed(self) -> None:
-        """The step is done: its prompts count."""
-        self.source.mark_consumed(self._handed_out)
-        self._handed_out = []
+    def mark_consumed(self, pending: Sequence[int] = ()) -> None:
+        """The step is done: its prompts count.
+
+        Args:
+            pending: ids of prompts handed out, to this replica or another, whose groups have not been trained
+                yet.
+        """
+        still = Counter(pending)
+        consumed: list[int] = []
+        for prompt_id in reversed(self._handed_out):  # of an id handed out twice, the later one is pending
+            if still[prompt_id] > 0:
+                still[prompt_id] -= 1
+            else:
+                consumed.append(prompt_id)
+        self.source.mark_consumed(reversed(consumed))
+        self._handed_out = list(pending)
 
 
 def _sha256(prompts: list[Prompt]) -> str:

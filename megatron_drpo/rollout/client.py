@@ -6,7 +6,6 @@ Endpoints: https://docs.sglang.io/basic_usage/native_api.html. The embedded serv
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,8 +16,6 @@ import httpx
 from megatron_drpo.errors import RolloutError, WeightSyncError
 
 T = TypeVar("T")
-_FIRST_DELAY_S = 0.2
-_MAX_DELAY_S = 5.0
 _KEEPALIVE_S = 2.0
 """Below the 5 s after which uvicorn, under either server, closes an idle connection."""
 _CONNECT_TIMEOUT_S = 10.0
@@ -29,31 +26,28 @@ class SampleRequest:
     """One response to ask for."""
 
     rid: str
-    """Names the request in errors; each attempt appends a suffix of its own."""
+    """Names the request in errors and to `abort`; a server refuses the id of a request that it still runs."""
     token_ids: Sequence[int]
     sampling_params: dict[str, Any]
     """SGLang's sampling_params."""
 
 
 class SGLangClient:
-    """Requests to one server. Every failure is an error that names the server and the endpoint.
+    """Requests to one server, each tried once. Every failure is an error that names the server and the
+    endpoint; a RetryableError unless the request itself was wrong."""
 
-    Connection errors and 5xx answers to requests that may be repeated are retried with exponential backoff;
-    4xx answers never are.
-    """
-
-    def __init__(self, endpoint: str, *, timeout_s: float, num_retries: int = 0) -> None:
+    def __init__(self, endpoint: str, *, timeout_s: float, api_key: str | None = None) -> None:
         """
         Args:
             endpoint: base URL, such as http://127.0.0.1:30000.
-            timeout_s: limit of one attempt, from connecting to the last byte of the answer.
-            num_retries: further attempts after the first.
+            timeout_s: limit of a request, from connecting to the last byte of the answer.
+            api_key: sent with every request, as a bearer token.
         """
         self.endpoint = endpoint.rstrip("/")
         self._timeout_s = timeout_s
-        self._num_retries = num_retries
         self._http = httpx.AsyncClient(
             base_url=self.endpoint,
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # the whole attempt has its own limit
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
             trust_env=False,  # a proxy for the internet is no way to a rollout server
@@ -94,29 +88,19 @@ class SGLangClient:
                     f"request {request.rid}: input id {outside[0]} is not in 0..{vocab_size - 1}"
                 )
 
-        def body() -> dict[str, Any]:
-            attempt = uuid.uuid4().hex[:8]  # a server refuses the id of a request it still runs
-            fields = {
-                "rid": [f"{request.rid}-{attempt}" for request in requests],
-                "input_ids": [list(request.token_ids) for request in requests],
-                "sampling_params": [request.sampling_params for request in requests],
-                "return_logprob": True,
-                "extra_key": extra_key,
-            }
-            return fields | {"top_logprobs_num": num_topk} if num_topk else fields
-
-        answer = await self._with_retries("/generate", body)
+        fields: dict[str, Any] = {
+            "rid": [request.rid for request in requests],
+            "input_ids": [list(request.token_ids) for request in requests],
+            "sampling_params": [request.sampling_params for request in requests],
+            "return_logprob": True,
+            "extra_key": extra_key,
+        }
+        if num_topk:
+            fields["top_logprobs_num"] = num_topk
+        answer = await self._request("POST", "/generate", json=fields)
         if not isinstance(answer, list) or len(answer) != len(requests):
             raise RolloutError(f"{self.endpoint}/generate: expected a list of {len(requests)} responses")
         return answer
-
-    async def _with_retries(self, path: str, body: Any) -> Any:
-        for attempt in range(self._num_retries):
-            try:
-                return await self._request("POST", path, json=body())
-            except _RetryableError:
-                await asyncio.sleep(min(_FIRST_DELAY_S * 2**attempt, _MAX_DELAY_S))
-        return await self._request("POST", path, json=body())
 
     # ------------------------------------------------------------------------------ information
 
@@ -127,6 +111,19 @@ class SGLangClient:
         except RolloutError:
             return False
         return True
+
+    async def generates(self, *, timeout_s: float) -> bool:
+        """Whether /health_generate answers in time: a token was sampled, or requests in flight made
+        progress."""
+        try:
+            await self._request("GET", "/health_generate", parse=False, timeout_s=timeout_s)
+        except RolloutError:
+            return False
+        return True
+
+    async def abort(self, rid: str) -> None:
+        """End a request with what it has; its finish reason is then `abort`. Harmless if it has ended."""
+        await self._request("POST", "/abort_request", parse=False, json={"rid": rid})
 
     async def weight_version(self) -> str:
         """The version of the weights the server has now."""
@@ -187,17 +184,20 @@ class SGLangClient:
 
     # -------------------------------------------------------------------------------- transport
 
-    async def _request(self, method: str, path: str, *, parse: bool = True, **kwargs: Any) -> Any:
+    async def _request(
+        self, method: str, path: str, *, parse: bool = True, timeout_s: float | None = None, **kwargs: Any
+    ) -> Any:
         where = f"{self.endpoint}{path}"
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(limit_s):
                 response = await self._http.request(method, path, **kwargs)
         except TimeoutError:
-            raise RolloutError(f"{where}: no answer within {self._timeout_s:g} s") from None
+            raise ServerTimeoutError(f"{where}: no answer within {limit_s:g} s") from None
         except httpx.TransportError as error:
-            raise _RetryableError(f"{where}: cannot be reached: {error or type(error).__name__}") from error
+            raise UnreachableError(f"{where}: cannot be reached: {error or type(error).__name__}") from error
         if not response.is_success:
-            kind = _RetryableError if response.is_server_error else RolloutError
+            kind = ServerFailureError if response.is_server_error else RolloutError
             raise kind(f"{where}: HTTP {response.status_code}: {_reason(response)}")
         if not parse:
             return None
@@ -217,8 +217,20 @@ async def run_all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-class _RetryableError(RolloutError):
-    """A failure that another attempt may not meet."""
+class RetryableError(RolloutError):
+    """A failure of the server that another attempt, or another server, may not meet."""
+
+
+class UnreachableError(RetryableError):
+    """No connection, or it broke."""
+
+
+class ServerTimeoutError(RetryableError):
+    """No answer in time."""
+
+
+class ServerFailureError(RetryableError):
+    """The server answered with an internal error (5xx)."""
 
 
 def _field(answer: Any, key: str, where: str) -> Any:

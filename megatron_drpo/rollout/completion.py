@@ -29,20 +29,32 @@ class Completion:
     topk_logprobs: list[list[float]] | None = None
 
 
+class WrongVersionError(RolloutError):
+    """A server sampled with weights that it should not have: its tokens must not be used."""
+
+
 def parse_completion(
-    response: Any, *, newest_version: int, where: str, vocab_size: int, num_topk: int = 0
+    response: Any,
+    *,
+    oldest_version: int,
+    newest_version: int,
+    where: str,
+    vocab_size: int,
+    num_topk: int = 0,
 ) -> Completion:
     """Check one response.
 
     Args:
-        newest_version: the trainer's own policy version; no server may be ahead of it.
+        oldest_version: the policy version that the request was sent for; no token may be older.
+        newest_version: no server may be ahead of it.
         where: server and request, for messages.
         vocab_size: every sampled id must be below it.
         num_topk: `top_logprobs_num` of the request.
 
     Raises:
+        WrongVersionError: a token of an older, newer or unknown version.
         RolloutError: fields that are missing, lengths that disagree, an id outside the vocabulary, a logprob
-            that is not finite or is positive, an unknown version.
+            that is not finite or is positive.
     """
     try:
         meta = response["meta_info"]
@@ -65,7 +77,7 @@ def parse_completion(
             )
         if not math.isfinite(logprob) or logprob > MAX_LOGPROB:
             raise RolloutError(f"{where}: the logprob of response token {index} is {logprob}")
-    versions = _policy_versions(meta, len(token_ids), newest_version, where)
+    versions = _policy_versions(meta, len(token_ids), (oldest_version, newest_version), where)
     topk = _topk(meta, len(token_ids), num_topk, where) if num_topk else (None, None)
     return Completion(token_ids, logprobs, versions, finish_reason, *topk)
 
@@ -96,7 +108,9 @@ def _topk(
     return ids, logprobs
 
 
-def _policy_versions(meta: dict[str, Any], num_tokens: int, newest_version: int, where: str) -> list[int]:
+def _policy_versions(
+    meta: dict[str, Any], num_tokens: int, allowed: tuple[int, int], where: str
+) -> list[int]:
     """Per token, from the spans of versions if there are any, else from the one version."""
     spans = meta.get("weight_versions") or [
         {"version": meta.get("weight_version"), "start": 0, "end": num_tokens}
@@ -104,10 +118,10 @@ def _policy_versions(meta: dict[str, Any], num_tokens: int, newest_version: int,
     versions: list[int] = []
     for span in spans:
         version = str(span["version"])
-        if not version.isdecimal() or int(version) > newest_version:
-            raise RolloutError(
-                f"{where}: weight version {span['version']!r} is not one of the trainer's, "
-                f"0..{newest_version}; a token never carries an unknown policy version"
+        if not version.isdecimal() or not allowed[0] <= int(version) <= allowed[1]:
+            raise WrongVersionError(
+                f"{where}: weight version {span['version']!r}; the request is for versions "
+                f"{allowed[0]}..{allowed[1]}, and no other token is used"
             )
         if span["start"] != len(versions):
             break

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.client import SampleRequest, SGLangClient, run_all
-from megatron_drpo.rollout.completion import parse_completion
-from megatron_drpo.types import Prompt, Rollout, RolloutGroup
+from megatron_drpo.rollout.client import SGLangClient, run_all
+from megatron_drpo.rollout.event_loop import EventLoopThread
+from megatron_drpo.rollout.pool import ServerPool
+from megatron_drpo.rollout.sample import Sample, sample_seed_key
+from megatron_drpo.rollout.sampler import Sampler
+from megatron_drpo.types import Prompt, RolloutGroup
 
-T = TypeVar("T")
 _POLL_S = 0.1
 
 
@@ -24,30 +27,36 @@ class Tokenizer(Protocol):
     def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """One rollout to ask for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingPlan:
+    """How prompts are sampled; what is not given is the configuration's."""
+
+    step: int
+    """With the round it enters the seeds, so that a prompt gets new samples when it comes again."""
+    round_index: int = 0
+    num_topk: int = 0
+    """Most probable ids to report with each response token, as `Rollout.topk_ids`; 0: none."""
+    num_samples_per_prompt: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class PendingGroup:
+    """A group that is being sampled."""
 
     prompt: Prompt
-    index: int
-    request: SampleRequest
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What holds for all samples of one `generate`."""
-
     policy_version: int
-    num_topk: int
+    """When it was submitted: no token of it is older."""
+    future: Future[RolloutGroup]
 
 
 class RolloutEngine:
-    """Asks the servers for rollouts. Synchronous outside; an interrupt cancels the requests in flight."""
+    """Asks the servers for rollouts, in a thread of its own; call it from one thread."""
 
     def __init__(
         self,
         config: RolloutConfig,
-        endpoints: Sequence[str],
         tokenizer: Tokenizer,
         stop_token_ids: Sequence[int],
         vocab_size: int,
@@ -55,7 +64,6 @@ class RolloutEngine:
     ) -> None:
         """
         Args:
-            endpoints: base URLs of the servers.
             stop_token_ids: the model's end-of-sequence ids; `config.stop_token_ids` are added.
             vocab_size: rows of the model's embedding; larger input ids are refused.
             seed: of the run; with step, round, prompt id and sample index it determines each sample's seed.
@@ -63,193 +71,222 @@ class RolloutEngine:
         self._config = config
         self._tokenizer = tokenizer
         self._stop_token_ids = sorted({*stop_token_ids, *config.stop_token_ids})
-        self._vocab_size = vocab_size
         self._seed = seed
-        self._clients = [
-            SGLangClient(url, timeout_s=config.request_timeout_s, num_retries=config.num_retries)
-            for url in endpoints
-        ]
-        self._runner = asyncio.Runner()
+        self._loop = EventLoopThread("rollout")
+        self._pool = ServerPool(config, self._build_client)
+        self._sampler = Sampler(config, self._pool, vocab_size)
+        self._slots: asyncio.Semaphore | None = None
+        self._num_unfinished = 0
 
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Return when every server answers /health.
+    # ------------------------------------------------------------------------------------ servers
+
+    def set_servers(self, endpoints: Sequence[str], policy_version: int) -> None:
+        """These servers have the weights of this version; from now on requests go to them and to no other.
+        What is in flight elsewhere is sent again.
 
         Raises:
-            RolloutError: names the servers that do not in time, or, with `config.deterministic`, a server
-                that was not started for it.
+            RolloutError: with `config.deterministic`, a server that was not started for it.
         """
-        self._run(self._wait_until_ready(timeout_s))
+
+        async def set_servers() -> None:
+            known = {server.endpoint for server in self._pool.servers}
+            self._sampler.policy_version = policy_version
+            await self._pool.set_servers(endpoints)
+            if self._config.deterministic:
+                new = [server.client for server in self._pool.servers if server.endpoint not in known]
+                await run_all(_check_deterministic(client) for client in new)
+
+        self._loop.run(set_servers())
+
+    def interrupt(self) -> None:
+        """End all requests with the tokens they have; they go on from there after the next `set_servers`."""
+        self._loop.run(self._sampler.interrupt())
+
+    def describe(self) -> str:
+        """What the engine waits for, in words."""
+        return f"{self._num_unfinished} groups unfinished; {self._pool.describe()}"
+
+    @property
+    def num_retries(self) -> int:
+        """Requests that were sent again since the run began."""
+        return self._sampler.num_retries
+
+    # ----------------------------------------------------------------------------------- sampling
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        plan: SamplingPlan,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[PendingGroup]:
+        """Start to sample responses to every prompt.
+
+        Args:
+            on_progress: called, in the engine's thread, with the number of samples finished so far.
+
+        Returns:
+            One pending group per prompt, in order. A future that is cancelled ends its requests.
+        """
+        groups = [self._group(prompt, plan) for prompt in prompts]
+        report = _Progress(on_progress)
+        version = self._sampler.policy_version
+        if self._config.deterministic:
+            futures = self._submit_closed_batch(groups, plan.num_topk, report)
+        else:
+            futures = [
+                self._loop.submit(self._sample_group(group, plan.num_topk, report)) for group in groups
+            ]
+        return [
+            PendingGroup(prompt=prompt, policy_version=version, future=future)
+            for prompt, future in zip(prompts, futures, strict=True)
+        ]
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        policy_version: int,
-        step: int,
-        round_index: int = 0,
-        num_topk: int = 0,
-        num_samples_per_prompt: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
+        plan: SamplingPlan,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[RolloutGroup]:
-        """Sample responses to every prompt.
-
-        Args:
-            policy_version: the trainer's; an older token is accepted and says so, a newer one is an error.
-            step, round_index: enter the seeds, so that a prompt gets new samples when it comes again, in
-                another step or in another round of the same step.
-            num_topk: most probable ids to report with each response token, as `Rollout.topk_ids`; 0: none.
-            num_samples_per_prompt, temperature, top_p: the configuration's unless given.
-            on_progress: called with the number of samples finished so far.
-
-        Returns:
-            One group per prompt, in order, with its samples by index.
+        """Sample responses to every prompt and wait: one group per prompt, in order, samples by index.
 
         Raises:
             RolloutError: names the server and the request.
         """
-        num_samples = num_samples_per_prompt or self._config.num_samples_per_prompt
-        params: dict[str, Any] = {
-            "max_new_tokens": self._config.max_response_tokens,
-            "temperature": self._config.temperature if temperature is None else temperature,
-            "top_p": self._config.top_p if top_p is None else top_p,
-            "top_k": self._config.top_k,
+        pending = self.submit(prompts, plan, on_progress)
+        try:
+            return [group.future.result() for group in pending]
+        except BaseException:
+            for group in pending:
+                group.future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End all requests and close all connections."""
+        self._loop.run(self._pool.close())
+        self._loop.close()
+
+    # -------------------------------------------------------------------------------- in the loop
+
+    def _group(self, prompt: Prompt, plan: SamplingPlan) -> list[Sample]:
+        config = self._config
+        params = {
+            "max_new_tokens": config.max_response_tokens,
+            "temperature": config.temperature if plan.temperature is None else plan.temperature,
+            "top_p": config.top_p if plan.top_p is None else plan.top_p,
+            "top_k": config.top_k,
             "stop_token_ids": self._stop_token_ids,
             "no_stop_trim": True,
         }
-        groups = [
-            [self._sample(prompt, index, (step, round_index), params) for index in range(num_samples)]
-            for prompt in prompts
+        round_name = f"-round{plan.round_index}" if plan.round_index else ""
+        return [
+            Sample(
+                prompt=prompt,
+                index=index,
+                name=f"step{plan.step}{round_name}-prompt{prompt.id}-sample{index}",
+                seed_key=sample_seed_key(self._seed, plan.step, prompt.id, index, plan.round_index),
+                params=params,
+            )
+            for index in range(plan.num_samples_per_prompt or config.num_samples_per_prompt)
         ]
-        report = on_progress or (lambda num_finished: None)
-        collect = self._closed_batch if self._config.deterministic else self._concurrently
-        return self._run(collect(groups, _Batch(policy_version, num_topk), report))
 
-    def close(self) -> None:
-        """Close all connections."""
+    async def _sample_group(
+        self, group: list[Sample], num_topk: int, report: Callable[[int], None]
+    ) -> RolloutGroup:
+        """One request for the whole group: the server computes its prompt once, and HTTP costs
+        milliseconds."""
+        if self._slots is None:
+            self._slots = asyncio.Semaphore(self._config.max_concurrent_requests)
+        self._num_unfinished += 1
+        try:
+            async with self._slots:
+                await self._sampler.complete(group, num_topk=num_topk)
+        finally:
+            self._num_unfinished -= 1
+        report(len(group))
+        return self._finish(group)
 
-        async def close() -> None:
-            for client in self._clients:
-                await client.close()
-
-        self._run(close())
-        self._runner.close()
-
-    # ---------------------------------------------------------------------------------- requests
-
-    def _sample(self, prompt: Prompt, index: int, time: tuple[int, int], params: dict[str, Any]) -> _Sample:
-        step, round_index = time
-        seed = sample_seed(self._seed, step, prompt.id, index, round_index)
-        round_name = f"-round{round_index}" if round_index else ""
-        request = SampleRequest(
-            rid=f"step{step}{round_name}-prompt{prompt.id}-sample{index}",
-            token_ids=prompt.token_ids,
-            sampling_params={**params, "sampling_seed": seed},
-        )
-        return _Sample(prompt, index, request)
-
-    async def _closed_batch(
-        self, groups: list[list[_Sample]], batch: _Batch, report: Callable[[int], None]
-    ) -> list[RolloutGroup]:
+    def _submit_closed_batch(
+        self, groups: list[list[Sample]], num_topk: int, report: Callable[[int], None]
+    ) -> list[Future[RolloutGroup]]:
         """All samples in one request, in order, so that the server's batches depend on nothing else."""
         samples = [sample for group in groups for sample in group]
+        futures: list[Future[RolloutGroup]] = [Future() for _ in groups]
         if not samples:
-            return []
-        client = self._clients[samples[0].prompt.id % len(self._clients)]
-        rollouts = iter(await self._request(client, samples, batch))
-        report(len(samples))
-        return [
-            RolloutGroup(prompt=group[0].prompt, rollouts=[next(rollouts) for _ in group]) for group in groups
-        ]
+            return futures
+        for future in futures:
+            future.set_running_or_notify_cancel()  # one alone cannot be cancelled
 
-    async def _concurrently(
-        self, groups: list[list[_Sample]], batch: _Batch, report: Callable[[int], None]
-    ) -> list[RolloutGroup]:
-        """One request per group, each to the server with the fewest in flight.
+        async def complete() -> None:
+            servers = self._pool.servers
+            server = servers[samples[0].prompt.id % len(servers)].endpoint if servers else None
+            await self._sampler.complete(samples, num_topk=num_topk, server=server)
+            report(len(samples))
+            for group, future in zip(groups, futures, strict=True):
+                future.set_result(self._finish(group))
 
-        Not one per sample: the server computes a group's prompt once, and HTTP costs milliseconds a request.
-        """
-        in_flight = dict.fromkeys(self._clients, 0)
-        free = asyncio.Semaphore(self._config.max_concurrent_requests)
-        num_finished = 0
+        def fail(done: Future[None]) -> None:
+            for future in futures:
+                if not future.done():
+                    error = None if done.cancelled() else done.exception()
+                    future.set_exception(error or RolloutError("the engine was closed"))
 
-        async def run(group: list[_Sample]) -> RolloutGroup:
-            nonlocal num_finished
-            async with free:
-                client = min(self._clients, key=lambda client: in_flight[client])
-                in_flight[client] += 1
-                try:
-                    rollouts = await self._request(client, group, batch)
-                finally:
-                    in_flight[client] -= 1
-            num_finished += len(rollouts)
-            report(num_finished)
-            return RolloutGroup(prompt=group[0].prompt, rollouts=rollouts)
+        self._loop.submit(complete()).add_done_callback(fail)
+        return futures
 
-        return await run_all(run(group) for group in groups)
-
-    async def _request(self, client: SGLangClient, samples: list[_Sample], batch: _Batch) -> list[Rollout]:
-        responses = await client.generate(
-            [sample.request for sample in samples],
-            extra_key=str(batch.policy_version),
-            vocab_size=self._vocab_size,
-            num_topk=batch.num_topk,
+    def _finish(self, group: list[Sample]) -> RolloutGroup:
+        texts = self._tokenizer.batch_decode([s.response_ids for s in group], skip_special_tokens=True)
+        return RolloutGroup(
+            prompt=group[0].prompt,
+            rollouts=[sample.rollout(text) for sample, text in zip(group, texts, strict=True)],
         )
-        completions = [
-            parse_completion(
-                response,
-                newest_version=batch.policy_version,
-                where=f"{client.endpoint}/generate: request {sample.request.rid}",
-                vocab_size=self._vocab_size,
-                num_topk=batch.num_topk,
-            )
-            for sample, response in zip(samples, responses, strict=True)
-        ]
-        texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-        return [
-            Rollout(
-                prompt=sample.prompt,
-                sample_index=sample.index,
-                response_ids=completion.token_ids,
-                rollout_logprobs=completion.logprobs,
-                policy_versions=completion.policy_versions,
-                finish_reason=completion.finish_reason,
-                text=text,
-                topk_ids=completion.topk_ids,
-                topk_logprobs=completion.topk_logprobs,
-            )
-            for sample, completion, text in zip(samples, completions, texts, strict=True)
-        ]
 
-    async def _wait_until_ready(self, timeout_s: float) -> None:
-        waiting = list(self._clients)
-        try:
-            async with asyncio.timeout(timeout_s):
-                while waiting := [client for client in waiting if not await client.is_healthy()]:
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError:
-            names = ", ".join(client.endpoint for client in waiting)
-            raise RolloutError(
-                f"rollout server {names}: /health did not answer within {timeout_s:g} s"
-            ) from None
-        if self._config.deterministic:
-            await self._check_deterministic()
+    def _build_client(self, endpoint: str) -> SGLangClient:
+        return SGLangClient(endpoint, timeout_s=self._config.request_timeout_s, api_key=self._config.api_key)
 
-    async def _check_deterministic(self) -> None:
-        for client in self._clients:
-            info = await client.server_info()
-            if not info.get("enable_deterministic_inference"):
+
+class _Progress:
+    """Adds up finished samples."""
+
+    def __init__(self, report: Callable[[int], None] | None) -> None:
+        self._report = report
+        self._num_finished = 0
+
+    def __call__(self, num_samples: int) -> None:
+        self._num_finished += num_samples
+        if self._report is not None:
+            self._report(self._num_finished)
+
+
+async def _check_deterministic(client: SGLangClient) -> None:
+    info = await client.server_info()
+    if not info.get("enable_deterministic_inference"):
+        raise RolloutError(
+            f"{client.endpoint}: rollout.deterministic=true needs a server started with --deterministic "
+            "(SGLang: --enable-deterministic-inference)"
+        )
+
+
+def wait_until_ready(config: RolloutConfig, endpoints: Sequence[str]) -> None:
+    """Return when every server answers /health.
+
+    Raises:
+        RolloutError: names the servers that do not within rollout.startup_timeout_s.
+    """
+
+    async def wait() -> None:
+        clients = [
+            SGLangClient(url, timeout_s=config.request_timeout_s, api_key=config.api_key) for url in endpoints
+        ]
+        deadline = time.monotonic() + config.startup_timeout_s
+        waiting = clients
+        while waiting := [client for client in waiting if not await client.is_healthy()]:
+            if time.monotonic() > deadline:
+                names = ", ".join(client.endpoint for client in waiting)
                 raise RolloutError(
-                    f"{client.endpoint}: rollout.deterministic=true needs a server started with "
-                    "--deterministic (SGLang: --enable-deterministic-inference)"
+                    f"rollout server {names}: /health did not answer within {config.startup_timeout_s:g} s"
                 )
+            await asyncio.sleep(_POLL_S)
+        for client in clients:
+            await client.close()
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(coroutine)
-
-
-def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int, round_index: int = 0) -> int:
-    """The seed of one sample, in [0, 2^63): stable across machines, layouts and Python versions."""
-    key = f"{run_seed}/{step}/{prompt_id}/{sample_index}" + (f"/{round_index}" if round_index else "")
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    asyncio.run(wait())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from megatron_drpo.config import Config, RolloutEngineName
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.client import SGLangClient, run_all
 from megatron_drpo.weight_sync.checksum import WeightsChecksum
@@ -38,26 +40,29 @@ class WeightPusher:
             verify_checksum: compare checksums afterwards. SGLang's checker hashes its own fused layout, which
                 has no counterpart here: pass False for it, and the version alone is verified.
         """
-        self._clients = [SGLangClient(url, timeout_s=timeout_s) for url in endpoints]
+        self._clients: list[SGLangClient] = []
+        self._timeout_s = timeout_s
         self._bucket_bytes = bucket_bytes
         self._verify_checksum = verify_checksum
         self._tp_sizes: list[int] = []
         """Of each server; known from the first push on."""
         self._runner = asyncio.Runner()
 
-    def push(self, tensors: NamedTensors, policy_version: int) -> None:
-        """Make all servers serve these weights as `policy_version`.
+    def push(self, tensors: NamedTensors, policy_version: int, endpoints: Sequence[str]) -> PushReport:
+        """Make the servers serve these weights as `policy_version`.
 
         Args:
             tensors: every tensor of the model under its HF name, whole, on the CPU; consumed as a stream.
-
-        Raises:
-            WeightSyncError: names the server that could not be updated or does not have these weights.
         """
+        self._clients = [SGLangClient(url, timeout_s=self._timeout_s) for url in endpoints]
+        self._tp_sizes = []
         try:
             self._runner.run(self._push(tensors, str(policy_version)))
         except RolloutError as error:
-            raise WeightSyncError(str(error)) from error
+            for _ in tensors:
+                pass
+            return PushReport([], dict.fromkeys(endpoints, str(error)))
+        return PushReport(list(endpoints), {})
 
     def close(self) -> None:
         """Close all connections."""
@@ -88,6 +93,24 @@ class WeightPusher:
         await run_all(client.end_weight_update() for client in self._clients)
         expected = checksum.hexdigest() if self._verify_checksum else None
         await run_all(_verify(client, version, expected) for client in self._clients)
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What became of a push."""
+
+    updated: list[str]
+    failed: dict[str, str]
+    """Endpoint to error."""
+
+
+def build_pusher(config: Config) -> WeightPusher:
+    return WeightPusher(
+        [],
+        timeout_s=config.weight_sync.timeout_s,
+        bucket_bytes=config.weight_sync.bucket_bytes,
+        verify_checksum=config.rollout.engine is RolloutEngineName.embedded,
+    )
 
 
 async def _verify(client: SGLangClient, version: str, checksum: str | None) -> None:

@@ -58,6 +58,7 @@ AT_LEAST_1 = [
     "rollout.sglang.context_length",
     "rollout.sglang.max_total_tokens",
     "rollout.fleet.num_servers",
+    "rollout.fleet.max_failures",
     "weight_sync.bucket_bytes",
     "weight_sync.servers_per_group",
     "train.num_steps",
@@ -87,7 +88,7 @@ AT_LEAST_1 = [
 ]
 AT_LEAST_0 = [
     "rollout.max_staleness",
-    "rollout.fleet.max_failures",
+    "rollout.oversampling",
     "rollout.fleet.restart_backoff_s",
     "weight_sync.verify_every",
     "rollout.num_retries",
@@ -111,6 +112,7 @@ POSITIVE = [
     "rollout.temperature",
     "rollout.request_timeout_s",
     "rollout.startup_timeout_s",
+    "rollout.no_server_timeout_s",
     "reward.timeout_s",
     "algorithm.loss.delta",
     "algorithm.loss.epsilon",
@@ -186,8 +188,8 @@ def test_value_at_the_edge_of_its_range(key: str, value: float | None) -> None:
         ),
         (
             {"rollout__deterministic": True, "rollout__max_staleness": 1},
-            "rollout.max_staleness=1: rollout.deterministic=True needs 0, because what is sampled while weights "
-            "change depends on time",
+            "rollout.max_staleness=1: rollout.deterministic=True needs 0, for what is sampled would depend "
+            "on time",
         ),
         (
             {"rollout__endpoints": ["localhost:30000"]},

@@ -87,6 +87,8 @@ class EmbeddedApp:
         return Response(status_code=200 if self._generator.is_alive() else 503)
 
     async def health_generate(self, request: Request) -> Response:
+        if await _result(self._generator.call(self._generator.is_busy)):
+            return Response()  # the call was answered between two tokens: the samples make progress
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
         samples, _ = parse_generate(body, self._limits)
         await asyncio.wrap_future(self._generator.submit(samples))

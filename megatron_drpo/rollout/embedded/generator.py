@@ -76,6 +76,10 @@ class Generator:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    def is_busy(self) -> bool:
+        """Whether samples are decoded or wait. In the thread: see `call`."""
+        return bool(self._active or self._waiting)
+
     def submit(self, requests: list[SampleRequest]) -> Future[list[SampleResult]]:
         """Generate all samples; the future has them in order, or RolloutError if logits are not finite."""
         batch = _Batch(requests)

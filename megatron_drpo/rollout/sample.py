@@ -1,0 +1,108 @@
+"""One response in the making: segments, each sampled by one request, that become one rollout."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
+
+from megatron_drpo.rollout.client import SampleRequest
+from megatron_drpo.rollout.completion import Completion
+from megatron_drpo.types import FinishReason, Prompt, Rollout
+
+T = TypeVar("T")
+_PROCESS_KEY = uuid.uuid4().hex[:8]
+"""Replicas, and other runs at the same servers, have samples of the same names."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """A response has more than one segment if it was aborted, or lost its server, and went on."""
+
+    prompt: Prompt
+    index: int
+    """0 .. G-1 within the group."""
+    name: str
+    """Unique among all requests of a replica; names it in errors."""
+    seed_key: str
+    """What the sample's randomness depends on."""
+    params: dict[str, Any]
+    """SGLang's sampling_params of the whole response."""
+    segments: list[Completion] = field(default_factory=list)
+    num_attempts: int = 0
+    server: str | None = None
+    """Endpoint of the latest segment: it has the prefix in its cache."""
+    rid: str = ""
+    """Of the request in flight."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens so far."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.segments) and self.segments[-1].finish_reason is not FinishReason.abort
+
+    def next_request(self) -> SampleRequest:
+        """What is still missing, under an id of its own."""
+        self.rid = f"{self.name}-{self.num_attempts}-{_PROCESS_KEY}"
+        self.num_attempts += 1
+        seed_key = self.seed_key + (f"/segment{len(self.segments)}" if self.segments else "")
+        return SampleRequest(
+            rid=self.rid,
+            token_ids=[*self.prompt.token_ids, *_joined(s.token_ids for s in self.segments)],
+            sampling_params={
+                **self.params,
+                "max_new_tokens": self.params["max_new_tokens"] - self.num_tokens,
+                "sampling_seed": seed_of(seed_key),
+            },
+        )
+
+    def add(self, completion: Completion, server: str) -> None:
+        """Take in what the latest request brought; an abort without a token leaves things as they were."""
+        self.server = server
+        if self.segments and not completion.token_ids:
+            return
+        self.segments.append(completion)
+
+    def rollout(self, text: str) -> Rollout:
+        """The finished response.
+
+        Args:
+            text: the response decoded.
+        """
+        topk_ids = [s.topk_ids for s in self.segments if s.topk_ids is not None]
+        topk_logprobs = [s.topk_logprobs for s in self.segments if s.topk_logprobs is not None]
+        return Rollout(
+            prompt=self.prompt,
+            sample_index=self.index,
+            response_ids=self.response_ids,
+            rollout_logprobs=_joined(s.logprobs for s in self.segments),
+            policy_versions=_joined(s.policy_versions for s in self.segments),
+            finish_reason=self.segments[-1].finish_reason,
+            text=text,
+            topk_ids=_joined(topk_ids) if topk_ids else None,
+            topk_logprobs=_joined(topk_logprobs) if topk_logprobs else None,
+        )
+
+    @property
+    def response_ids(self) -> list[int]:
+        return _joined(s.token_ids for s in self.segments)
+
+
+def _joined(parts: Iterable[list[T]]) -> list[T]:
+    return [*chain.from_iterable(parts)]
+
+
+def seed_of(key: str) -> int:
+    """A seed in [0, 2^63): stable across machines, layouts and Python versions."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def sample_seed_key(run_seed: int, step: int, prompt_id: int, sample_index: int, round_index: int = 0) -> str:
+    """What the randomness of one sample of a run depends on."""
+    return f"{run_seed}/{step}/{prompt_id}/{sample_index}" + (f"/{round_index}" if round_index else "")

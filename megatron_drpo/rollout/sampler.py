@@ -1,0 +1,123 @@
+"""Samples to finished samples, whatever happens to the servers meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+
+from megatron_drpo.config import RolloutConfig
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.client import RetryableError, ServerFailureError
+from megatron_drpo.rollout.completion import Completion, WrongVersionError, parse_completion
+from megatron_drpo.rollout.pool import PooledServer, ServerLostError, ServerPool
+from megatron_drpo.rollout.sample import Sample
+
+
+class Sampler:
+    """Sends requests; used in the engine's event loop alone.
+
+    A request that fails goes to another server under a new id; nothing is taken over from the failed attempt,
+    so that no sample is lost or counted twice. A sample that a server aborted goes on from the tokens it has.
+    """
+
+    def __init__(self, config: RolloutConfig, pool: ServerPool, vocab_size: int) -> None:
+        self._config = config
+        self._pool = pool
+        self._vocab_size = vocab_size
+        self.policy_version = 0
+        """Of the weights that all servers of the pool have."""
+        self._in_flight: defaultdict[str, set[str]] = defaultdict(set)
+        """Ids of requests by endpoint."""
+        self.num_retries = 0
+        """Requests that were sent again since the run began."""
+
+    async def complete(
+        self, samples: Sequence[Sample], *, num_topk: int = 0, server: str | None = None
+    ) -> None:
+        """Bring all samples to their end, those in one request that are at the same point.
+
+        Args:
+            num_topk: most probable ids to report with each token.
+            server: preferred endpoint for samples that have none yet.
+
+        Raises:
+            RolloutError: names the server and the request.
+        """
+        failures: list[str] = []
+        avoid: set[str] = set()
+        while waiting := [sample for sample in samples if not sample.is_finished]:
+            preferred = waiting[0].server or server
+            async with self._pool.lease(len(waiting), preferred=preferred, avoid=avoid) as leased:
+                try:
+                    await self._attempt(leased, waiting, num_topk)
+                    continue
+                except ServerLostError:
+                    self.num_retries += 1
+                    continue
+                except (RetryableError, WrongVersionError) as error:
+                    failures.append(str(error))
+                    avoid.add(leased.endpoint)
+                    if isinstance(error, WrongVersionError):
+                        self._pool.fence(leased, str(error))
+                    elif not isinstance(error, ServerFailureError):
+                        self._pool.suspend(leased, str(error))
+            if len(failures) > self._config.num_retries:
+                raise RolloutError(_describe(failures))
+            self.num_retries += 1
+
+    async def interrupt(self) -> None:
+        """End all requests in flight with the tokens they have; they go on after the next `set_servers`."""
+        self._pool.hold()
+        busy = [server for server in self._pool.servers if server.num_in_flight and not server.suspended]
+        await asyncio.gather(*(self._interrupt(server) for server in busy))
+
+    async def _interrupt(self, server: PooledServer) -> None:
+        for rid in [*self._in_flight[server.endpoint]]:
+            try:
+                await server.client.abort(rid)
+            except RetryableError as error:
+                self._pool.suspend(server, str(error))
+                return
+
+    async def _attempt(self, server: PooledServer, samples: list[Sample], num_topk: int) -> None:
+        version = self.policy_version
+        requests = [sample.next_request() for sample in samples]
+        for sample in samples:
+            sample.server = server.endpoint
+        in_flight, rids = self._in_flight[server.endpoint], {request.rid for request in requests}
+        in_flight |= rids
+        try:
+            responses = await server.run(
+                server.client.generate(
+                    requests, extra_key=str(version), vocab_size=self._vocab_size, num_topk=num_topk
+                )
+            )
+        finally:
+            in_flight -= rids
+        completions: list[Completion] = []
+        for request, response in zip(requests, responses, strict=True):
+            completions.append(
+                parse_completion(
+                    response,
+                    oldest_version=version,
+                    # A server has new weights a moment before this replica hears of it.
+                    newest_version=self.policy_version + 1,
+                    where=f"{server.endpoint}/generate: request {request.rid}",
+                    vocab_size=self._vocab_size,
+                    num_topk=num_topk,
+                )
+            )
+        for sample, completion in zip(samples, completions, strict=True):
+            sample.add(completion, server.endpoint)
+        if all(not completion.token_ids for completion in completions):
+            await asyncio.sleep(_ABORT_PAUSE_S)  # a server that aborts everything, as one that shuts down
+
+
+_ABORT_PAUSE_S = 0.05
+
+
+def _describe(failures: list[str]) -> str:
+    if len(failures) == 1:
+        return failures[0]
+    return f"{failures[-1]} (attempt {len(failures)}; before: {'; '.join(dict.fromkeys(failures[:-1]))})"

@@ -1,0 +1,174 @@
+"""One rollout server as a child process: how it is started, watched and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from megatron_drpo.config import Dtype, RolloutConfig, RoutingReplay
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.run_sglang import API_KEY
+
+_NUM_LOG_LINES = 20
+_KILL_TIMEOUT_S = 10.0
+_DTYPE_NAMES = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
+_SGLANG_SCRIPT = Path(__file__).with_name("run_sglang.py")
+_SGLANG_ON_CPU = Path(__file__).parents[1] / "platform" / "sglang_cpu"
+NO_VERSION = "-1"
+"""Of weights that no trainer has sent; what a server has when it starts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What a server is to serve."""
+
+    path: str
+    """HF folder."""
+    dtype: Dtype
+    """The policy's."""
+    routing_replay: RoutingReplay = RoutingReplay.none
+
+
+class ServerProcess:
+    """A server that has been started; it leads a process group of its own."""
+
+    def __init__(self, name: str, endpoint: str, log_path: Path, process: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self.endpoint = endpoint
+        self.log_path = log_path
+        self.process = process
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def generates(self, *, timeout_s: float, api_key: str | None = None) -> bool:
+        """Whether /health_generate answers in time: a token was sampled, or requests in flight made
+        progress."""
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        try:
+            with httpx.Client(trust_env=False, timeout=timeout_s, headers=headers) as http:
+                return http.get(f"{self.endpoint}/health_generate").is_success
+        except httpx.TransportError:
+            return False
+
+    def log_tail(self) -> str:
+        """The last lines that the server wrote."""
+        lines = self.log_path.read_text(errors="replace").splitlines()[-_NUM_LOG_LINES:]
+        return "\n".join([f"the end of {self.log_path}:", *lines])
+
+    def kill(self) -> None:
+        """End the server and every process that it started, at once: it has no state worth saving."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(_KILL_TIMEOUT_S)
+
+
+class StartServer(Protocol):
+    """Starts a server under a name; its output is appended to `log_path`. Does not wait until it answers."""
+
+    def __call__(self, name: str, log_path: Path) -> ServerProcess: ...
+
+
+def start_embedded(config: RolloutConfig, model: ServedModel, name: str, log_path: Path) -> ServerProcess:
+    """The server of `rollout/embedded/`."""
+    embedded = config.embedded
+    # The server inherits a socket that is bound already: no other process can take its port meanwhile.
+    with socket.create_server((embedded.host, 0)) as sock:
+        host, port = sock.getsockname()[:2]
+        command = [
+            *(sys.executable, "-m", "megatron_drpo.rollout.embedded"),
+            *("--model-path", model.path, "--dtype", _DTYPE_NAMES[model.dtype]),
+            *("--fd", str(sock.fileno()), "--parent-pid", str(os.getpid())),
+            *("--num-slots", str(embedded.num_slots), "--num-threads", str(embedded.num_threads)),
+            *("--weight-version", NO_VERSION),
+            *(["--deterministic"] if config.deterministic else []),
+        ]
+        environment = {
+            "OMP_NUM_THREADS": str(embedded.num_threads),
+            # Threads that spin while they wait make a machine with fewer cores than threads crawl.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        process = _start(command, environment, log_path, pass_fds=[sock.fileno()])
+    return ServerProcess(name, f"http://{host}:{port}", log_path, process)
+
+
+def start_sglang(
+    config: RolloutConfig, model: ServedModel, name: str, log_path: Path, *, on_cpu: bool
+) -> ServerProcess:
+    """sglang.launch_server in the environment of `rollout.sglang.python`.
+
+    Raises:
+        RolloutError: that interpreter does not exist.
+    """
+    sglang = config.sglang
+    if not Path(sglang.python).is_file():
+        raise RolloutError(
+            f"rollout.sglang.python={sglang.python}: there is no such file; `make sglang-env` builds the "
+            "environment of SGLang"
+        )
+    with socket.create_server((sglang.host, 0)) as sock:  # SGLang takes no open socket: free again below
+        port = sock.getsockname()[1]
+    arguments = [
+        *("--model-path", model.path, "--dtype", _DTYPE_NAMES[model.dtype]),
+        *("--host", sglang.host, "--port", str(port), "--tp-size", str(sglang.tensor_parallel_size)),
+        *("--weight-version", NO_VERSION, "--skip-server-warmup"),
+        *_given("--context-length", sglang.context_length),
+        *_given("--max-total-tokens", sglang.max_total_tokens),
+        *(["--enable-return-routed-experts"] if model.routing_replay is RoutingReplay.rollout else []),
+        *(["--enable-deterministic-inference"] if config.deterministic else []),
+        *(_cpu_arguments() if on_cpu else []),
+        *sglang.arguments,
+    ]
+    command = [sglang.python, "-P", str(_SGLANG_SCRIPT), str(os.getpid()), *arguments]
+    environment = _cpu_environment(sglang.tensor_parallel_size) if on_cpu else {}
+    if config.api_key is not None:
+        environment[API_KEY] = config.api_key
+    process = _start(command, environment, log_path)
+    return ServerProcess(name, f"http://{sglang.host}:{port}", log_path, process)
+
+
+def _given(flag: str, value: int | None) -> list[str]:
+    return [] if value is None else [flag, str(value)]
+
+
+def _cpu_arguments() -> list[str]:
+    return [
+        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--max-running-requests", "512"),
+    ]
+
+
+def _cpu_environment(tensor_parallel_size: int) -> dict[str, str]:
+    return {
+        "PYTHONPATH": str(_SGLANG_ON_CPU),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # compiling takes minutes and a compiler of C++
+        "OMP_NUM_THREADS": "1",
+        # One core for each tensor-parallel rank.
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(tensor_parallel_size)),
+    }
+
+
+def _start(
+    command: list[str], environment: dict[str, str], log_path: Path, pass_fds: list[int] | None = None
+) -> subprocess.Popen[bytes]:
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=pass_fds or [],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            start_new_session=True,  # Ctrl-C reaches the owner alone, which then ends its servers
+        )

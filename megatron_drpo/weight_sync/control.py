@@ -1,0 +1,131 @@
+"""Global rank 0's command of the fleet: who is there, who has which weights, who is fenced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_drpo.config import RolloutConfig
+from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.rollout.fleet_state import read_fleet
+from megatron_drpo.weight_sync.push import NamedTensors, WeightPusher
+
+_FIRST_PAUSE_S = 1.0
+_MAX_PAUSE_S = 60.0
+_POLL_S = 0.2
+
+
+class ServerDirectory(Protocol):
+    """The servers that exist at present."""
+
+    def endpoints(self) -> list[str]:
+        """Of the servers that generate.
+
+        Raises:
+            RolloutError: no server is left.
+        """
+        ...
+
+
+class StaticServers:
+    """rollout.endpoints: servers that others run."""
+
+    def __init__(self, endpoints: Sequence[str]) -> None:
+        self._endpoints = list(endpoints)
+
+    def endpoints(self) -> list[str]:
+        return self._endpoints
+
+
+class FleetFile:
+    """rollout.fleet_file: what the owner of a fleet says."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def endpoints(self) -> list[str]:
+        fleet = read_fleet(self._path)
+        if fleet.is_lost:
+            told = "\n".join(
+                f"{server.name}: {server.last_error}; log: {server.log}" for server in fleet.servers
+            )
+            raise RolloutError(f"no rollout server is left:\n{told}")
+        return fleet.endpoints
+
+
+def build_directory(config: RolloutConfig) -> ServerDirectory:
+    """The one that the configuration names."""
+    if config.fleet_file is not None:
+        return FleetFile(config.fleet_file)
+    return StaticServers(config.endpoints)
+
+
+class FleetControl:
+    """Gives servers weights. A server is fenced, that is in nobody's list, until it has the current
+    version."""
+
+    def __init__(self, config: RolloutConfig, pusher: WeightPusher) -> None:
+        self._config = config
+        self._pusher = pusher
+        self._directory = build_directory(config)
+        self.current: list[str] = []
+        """Endpoints that have the current weights."""
+        self.num_fenced = 0
+        """Pushes to a server that failed, since the run began."""
+        self._retry_at: dict[str, float] = {}
+        self._num_failures: dict[str, int] = {}
+
+    def push(self, tensors: NamedTensors, policy_version: int) -> list[str]:
+        """Give every server that is there these weights, as a new version; who has them now.
+
+        Raises:
+            WeightSyncError: no server took them; names each one's reason.
+            RolloutError: no server came up within rollout.startup_timeout_s.
+        """
+        self.current = []
+        return self._push_to(self._wait_for_servers(), tensors, policy_version)
+
+    def repair(self, tensors: NamedTensors, policy_version: int) -> list[str]:
+        """Give servers that lack the current weights another chance; who has them now."""
+        return self._push_to(self._behind(), tensors, policy_version)
+
+    def wants_repair(self) -> bool:
+        """Whether a server is there that lacks the current weights and is due for another chance."""
+        return bool(self._behind())
+
+    def close(self) -> None:
+        self._pusher.close()
+
+    def _behind(self) -> list[str]:
+        now = time.monotonic()
+        there = self._directory.endpoints()
+        self.current = [endpoint for endpoint in self.current if endpoint in there]
+        return [e for e in there if e not in self.current and self._retry_at.get(e, 0.0) <= now]
+
+    def _push_to(self, endpoints: list[str], tensors: NamedTensors, policy_version: int) -> list[str]:
+        report = self._pusher.push(tensors, policy_version, endpoints)
+        self.current += report.updated
+        for endpoint in report.updated:
+            self._num_failures.pop(endpoint, None)
+            self._retry_at.pop(endpoint, None)
+        for endpoint in report.failed:
+            self.num_fenced += 1
+            count = self._num_failures[endpoint] = self._num_failures.get(endpoint, 0) + 1
+            self._retry_at[endpoint] = time.monotonic() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)
+        worst = max(self._num_failures.values(), default=0)
+        if not self.current and worst >= self._config.fleet.max_failures:
+            reasons = "\n".join(f"{endpoint}: {reason}" for endpoint, reason in report.failed.items())
+            raise WeightSyncError(f"no rollout server could be given weights {policy_version}:\n{reasons}")
+        return self.current
+
+    def _wait_for_servers(self) -> list[str]:
+        deadline = time.monotonic() + self._config.startup_timeout_s
+        while not (endpoints := self._directory.endpoints()):
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    "no rollout server came up within rollout.startup_timeout_s="
+                    f"{self._config.startup_timeout_s:g}; `megatron-drpo fleet status` shows their errors"
+                )
+            time.sleep(_POLL_S)
+        return endpoints
