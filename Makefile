@@ -18,10 +18,14 @@ CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 PYTHON312 ?= $(shell command -v python3.12)
 INSTALLED_312 := .venv-py312/.installed
 
+# SGLang pins another torch than the trainer, and has an environment of its own.
+SGLANG_VERSION := 0.5.23
+INSTALLED_SGLANG := .venv-sglang/.installed
+
 # $(call stage,NAME) COMMANDS: say what starts and, however it ends, how long it took.
 stage = echo "==> $(1)"; trap 'echo "    $(1): $$SECONDS s"' EXIT;
 
-.PHONY: help install quickstart test check format env-py312 test-py312 clean
+.PHONY: help install quickstart test check format sglang-env test-sglang env-py312 test-py312 clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -46,6 +50,12 @@ format: $(INSTALLED) ## rewrite the sources in the one format
 	@.venv/bin/ruff check --quiet --fix --select I
 	@.venv/bin/ruff format --quiet
 
+sglang-env: $(INSTALLED_SGLANG) ## create .venv-sglang: the rollout servers' environment (2 GB without a GPU)
+
+test-sglang: export OMP_NUM_THREADS := 1
+test-sglang: $(INSTALLED) $(INSTALLED_SGLANG) ## the tests that start real SGLang servers
+	@$(call stage,tests with SGLang) $(PYTHON) -m pytest -q -m sglang tests/sglang --durations=10 --durations-min=5 $(PYTEST_ARGS)
+
 env-py312: $(INSTALLED_312) ## create .venv-py312: Python 3.12, megatron-core 0.19.2, a CUDA build of torch (5.6 GB in all)
 
 test-py312: export OMP_NUM_THREADS := 1
@@ -54,7 +64,7 @@ test-py312: $(INSTALLED_312) ## all tests in .venv-py312; not part of CI
 		.venv-py312/bin/python -m pytest -q $(PYTEST_ARGS)
 
 clean: ## remove the environments and everything the tools left behind; runs/ stays
-	rm -rf .venv .venv-py312 dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-py312 .venv-sglang dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted installation is taken up again.
@@ -65,6 +75,13 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 		test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv; \
 		$(PYTHON) -m pip install -qq --disable-pip-version-check --progress-bar off \
 			$(CONSTRAINTS) --editable '.[dev]'; \
+		touch $@
+
+$(INSTALLED_SGLANG): requirements-sglang-cpu.txt
+	@$(call stage,installing into .venv-sglang ($(if $(HAS_GPU),GPU,CPU))) \
+		test -x .venv-sglang/bin/python || $(BASE_PYTHON) -m venv .venv-sglang; \
+		.venv-sglang/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off \
+			$(if $(HAS_GPU),sglang==$(SGLANG_VERSION),--no-deps --requirement requirements-sglang-cpu.txt); \
 		touch $@
 
 $(INSTALLED_312): pyproject.toml constraints-cpu.txt

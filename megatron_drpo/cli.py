@@ -16,6 +16,8 @@ usage:
   megatron-drpo train  [config=run.yaml] [key.sub=value ...]   check, start the server and the ranks, train
   megatron-drpo check  [config=run.yaml] [key.sub=value ...]   check only; print the resolved configuration
   megatron-drpo report RUN_DIR                                 write report.png and rollouts/index.html again
+  megatron-drpo fleet up [config=run.yaml] [key.sub=value ...] start the rollout servers and look after them
+  megatron-drpo fleet down RUN_DIR                             end them
 
 On a cluster the ranks are started by its own means: torchrun ... -m megatron_drpo.train config=run.yaml
 """
@@ -24,7 +26,7 @@ On a cluster the ranks are started by its own means: torchrun ... -m megatron_dr
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "check": _check, "report": _report}
+    commands = {"train": _train, "check": _check, "report": _report, "fleet": _fleet}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -72,6 +74,18 @@ def _report(arguments: list[str]) -> None:
     print(write_report(arguments[0]))
     if (Path(arguments[0]) / "rollouts").is_dir():
         print(write_index(arguments[0]))
+
+
+def _fleet(arguments: list[str]) -> None:
+    command, *rest = arguments or [""]
+    from megatron_drpo.rollout import fleet_command
+
+    if command == "up":
+        fleet_command.up(load_config(rest))
+    elif command == "down" and len(rest) == 1:
+        fleet_command.down(rest[0])
+    else:
+        raise ConfigError(f"fleet {' '.join(arguments)}: expected fleet up [...] or fleet down RUN_DIR")
 
 
 if __name__ == "__main__":

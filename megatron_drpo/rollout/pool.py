@@ -204,9 +204,11 @@ class ServerPool:
 
     async def _lift(self, server: PooledServer) -> None:
         pause_s = _FIRST_SUSPENSION_S
-        while server.suspended and self._servers.get(server.endpoint) is server:
+        while True:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_SUSPENSION_S)
+            if not server.suspended or self._servers.get(server.endpoint) is not server:
+                return
             if await self._generates(server):
                 server.suspended = ""
                 self._changed.set()

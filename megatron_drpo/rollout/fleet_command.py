@@ -1,0 +1,95 @@
+"""`megatron-drpo fleet up` and `fleet down`: servers that outlive a run, or serve several."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from rich.console import Console
+
+from megatron_drpo.config import Config
+from megatron_drpo.errors import ConfigError, RolloutError
+from megatron_drpo.rollout.fleet_state import FLEET_FILE, ServerState, read_fleet
+from megatron_drpo.rollout.launch import build_fleet, starts_fleet
+
+_POLL_S = 0.5
+_STOP_TIMEOUT_S = 30.0
+
+
+def up(config: Config, stop: threading.Event | None = None) -> None:
+    """Run the fleet of this configuration until Ctrl-C, SIGTERM or `fleet down`.
+
+    Args:
+        stop: ends it as well.
+
+    Raises:
+        ConfigError: the configuration names servers that others run, or its fleet runs already.
+        RolloutError: a server did not start, or none is left.
+    """
+    stop = stop or threading.Event()
+    if not starts_fleet(config):
+        raise ConfigError(
+            "fleet up: rollout.endpoints or rollout.fleet_file names servers that exist; leave both out"
+        )
+    path = Path(config.run_dir) / FLEET_FILE
+    if path.exists() and _owner(read_fleet(path).pid) is not None:
+        raise ConfigError(f"fleet up: {path} belongs to a fleet that runs; `megatron-drpo fleet down {path}`")
+    console = Console(highlight=False)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    rollout = config.rollout
+    console.print(f"starting {rollout.fleet.num_servers} x {rollout.engine} ({config.policy.model_path})")
+    with build_fleet(config) as fleet:
+        for endpoint in fleet.endpoints:
+            console.print(f"  [green]up[/] {endpoint}")
+        console.print(f"train with rollout.fleet_file={path}; Ctrl-C ends the servers")
+        seen: dict[str, str] = {}
+        while not stop.wait(_POLL_S):
+            for server in fleet.servers:
+                _report(console, server, seen)
+            fleet.check()
+
+
+def down(target: str) -> None:
+    """End the fleet of a run folder, or of a fleet.json, and wait until it is gone.
+
+    Raises:
+        RolloutError: there is no fleet, or its owner does not end.
+    """
+    path = Path(target) / FLEET_FILE if Path(target).is_dir() else Path(target)
+    pid = read_fleet(path).pid
+    owner = _owner(pid)
+    if owner is None:
+        path.unlink(missing_ok=True)
+        raise RolloutError(f"{path}: its owner, process {pid}, does not run any more, nor do its servers")
+    owner.terminate()
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            raise RolloutError(f"{path}: process {pid} has not ended within {_STOP_TIMEOUT_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def _owner(pid: int) -> psutil.Process | None:
+    """The process of a fleet, if it still runs and its number has not gone to another program."""
+    try:
+        owner = psutil.Process(pid)
+        return owner if any("megatron" in argument for argument in owner.cmdline()) else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _report(console: Console, server: ServerState, seen: dict[str, str]) -> None:
+    """A line for each change."""
+    line = f"{server.state} {server.endpoint}" + (f": {server.last_error}" if server.last_error else "")
+    if seen.setdefault(server.name, line) != line:
+        seen[server.name] = line
+        console.print(f"{time.strftime('%H:%M:%S')} {server.name} {line}")
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt
