@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.config import Config, Mode, RolloutConfig, RolloutEngineName
+from megatron_drpo.config import Config, Mode
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
         if parallel.is_main:
             _print_banner(config, platform, policy)
         publishes = parallel.is_main and config.train.mode is Mode.rl
-        pusher = _build_pusher(config.rollout, stack) if publishes else None
+        pusher = _build_pusher(config, policy, stack) if publishes else None
         share = experience = evaluator = None
         if parallel.is_leader:
             share, experience, evaluator = _build_leader(config, policy, stack)
@@ -142,11 +142,12 @@ def _gather(parallel: ParallelState, values: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered).cpu()
 
 
-def _build_pusher(config: RolloutConfig, stack: ExitStack) -> WeightPusher:
+def _build_pusher(config: Config, policy: Policy, stack: ExitStack) -> WeightPusher:
     pusher = WeightPusher(
-        config.endpoints,
-        timeout_s=config.request_timeout_s,
-        verify_checksum=config.engine is RolloutEngineName.embedded,
+        config.weight_sync,
+        model_path=config.policy.model_path,
+        run_dir=config.run_dir,
+        device=policy.parallel.device,
     )
     stack.callback(pusher.close)
     return pusher

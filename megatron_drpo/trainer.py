@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.data.source import PromptShare
-from megatron_drpo.errors import NumericsError
+from megatron_drpo.errors import NumericsError, WeightSyncError
 from megatron_drpo.experience import (
     MAXIMA,
     Evaluator,
@@ -136,7 +136,10 @@ class Trainer:
         with self.timer.phase("weight_sync"):
             tensors = self.policy.hf_tensors()
             if self.pusher is not None:
-                self.pusher.push(tensors, self.state.policy_version)
+                endpoints = self.config.rollout.endpoints
+                report = self.pusher.push(tensors, self.state.policy_version, endpoints)
+                if report.failed:
+                    raise WeightSyncError("; ".join(report.failed.values()))
             else:
                 for _ in tensors:
                     pass
