@@ -54,7 +54,7 @@ class WeightClient(SGLangClient):
         )
 
     async def pause_generation(self) -> None:
-        """Hold running requests where they are: they keep their cache and go on after `continue_generation`."""
+        """Hold running requests where they are, with their cache, until `continue_generation`."""
         await self._post("/pause_generation", {"mode": "in_place"})
 
     async def continue_generation(self) -> None:

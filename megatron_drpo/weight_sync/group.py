@@ -1,10 +1,10 @@
 """A torch process group between global rank 0 and the ranks of some servers, beside the trainer's own groups.
 
 SGLang makes its side with `init_custom_process_group` of
-https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/utils/common.py: a TCPStore client whose
-keys carry the group's name twice and a device, because torch's `_new_process_group_helper` adds the second two.
-Here the backend object is made directly with the same prefixes: torch's global registry of groups, its
-shutdown included, does not know of it, so that a dead server cannot hold up the trainer's own groups.
+https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/utils/common.py: a TCPStore client
+whose keys carry the group's name twice and a device, because torch's `_new_process_group_helper` adds the
+latter two. Here the backend object is made directly with the same prefixes: torch's global registry of
+groups, its shutdown included, does not know of it, so that a dead server cannot hold up the trainer's own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class BroadcastGroup:
         """Begin to send a uint8 buffer to all ranks; see `wait_for`."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        options.rootTensor = 0
         options.timeout = timedelta(seconds=self._timeout_s)
         if not data.is_cuda:
             return self._backend.broadcast([data], options)

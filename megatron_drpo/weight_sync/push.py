@@ -113,7 +113,9 @@ class WeightPusher:
         return PushReport(updated, update.failed, notes)
 
     def close(self) -> None:
-        """Leave the groups and close the connections; a dead server is not waited for."""
+        """Leave the groups and close the connections; a dead server is not waited for. Harmless if repeated."""
+        if self._loop.is_stopped:
+            return
 
         async def close() -> None:
             await self._path.close()
@@ -211,6 +213,10 @@ class _LoopThread:
     def submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine there."""
         return asyncio.run_coroutine_threadsafe(call, self._loop)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._loop.is_closed()
 
     def stop(self) -> None:
         """End the thread; what still runs there is abandoned."""
