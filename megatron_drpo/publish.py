@@ -36,6 +36,13 @@ class WeightPublisher:
         """Give the current weights to servers that lack them, while the others go on."""
         self._give(is_new=False)
 
+    def take_messages(self) -> list[str]:
+        """What a person should hear of the fleet, each once; on global rank 0."""
+        if self._control is None:
+            return []
+        messages, self._control.messages = self._control.messages, []
+        return messages
+
     def wants_repair(self) -> bool:
         """On global rank 0: whether there is such a server."""
         return self._control is not None and self._control.wants_repair()

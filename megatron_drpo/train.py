@@ -41,7 +41,7 @@ from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.weight_sync.control import FleetControl
-from megatron_drpo.weight_sync.push import build_pusher
+from megatron_drpo.weight_sync.push import WeightPusher
 
 
 def run(config: Config) -> None:
@@ -111,7 +111,14 @@ def _build_publisher(
     control = None
     if policy.parallel.is_main:
         wait_until_ready(config.rollout, config.rollout.endpoints)
-        control = FleetControl(config.rollout, build_pusher(config))
+        pusher = WeightPusher(
+            config.weight_sync,
+            model_path=config.policy.model_path,
+            run_dir=config.run_dir,
+            device=policy.parallel.device,
+            api_key=config.rollout.api_key,
+        )
+        control = FleetControl(config.rollout, pusher)
         stack.callback(control.close)
     return WeightPublisher(policy, control=control, engine=engine)
 

@@ -130,6 +130,7 @@ class Trainer:
             samples = self.experience.sample(step, version, self.timer)
         with self.timer.phase("rollout"):  # the slowest replica's
             self.wait.for_others()
+        self._show_messages()
         if self.experience is None or samples is None:
             return Experience(sequences=[], statistics=SampleStatistics())
         return self.experience.build(samples, version)
@@ -140,6 +141,7 @@ class Trainer:
         self._phase("weight sync")
         with self.timer.phase("weight_sync"):
             self.publisher.publish(self.state.policy_version)
+        self._show_messages()
 
     def _mark_consumed(self) -> None:
         """The step's prompts count; those of groups still in flight, on any replica, do not yet."""
@@ -208,6 +210,11 @@ class Trainer:
             self.checkpointer.withdraw_latest()
 
     # ------------------------------------------------------------------------------------- what is seen
+
+    def _show_messages(self) -> None:
+        if self.publisher is not None and self.progress is not None:
+            for message in self.publisher.take_messages():
+                self.progress.message(message)
 
     def _phase(self, name: str) -> None:
         if self.progress is not None:

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.errors import RolloutError
 
 T = TypeVar("T")
 _KEEPALIVE_S = 2.0
@@ -128,59 +128,11 @@ class SGLangClient:
     async def weight_version(self) -> str:
         """The version of the weights the server has now."""
         info = await self._request("GET", "/model_info")
-        return str(_field(info, "weight_version", f"{self.endpoint}/model_info"))
+        return str(answer_field(info, "weight_version", f"{self.endpoint}/model_info"))
 
     async def server_info(self) -> dict[str, Any]:
         """The server's start-up arguments, `tp_size` among them."""
         return await self._request("GET", "/server_info")
-
-    # ----------------------------------------------------------------------------------- weights
-
-    async def begin_weight_update(self) -> None:
-        await self._update("/begin_weight_update", b"{}")
-
-    async def update_weights_from_tensor(
-        self, payload: bytes, *, tp_size: int, weight_version: str | None
-    ) -> None:
-        """Send one bucket.
-
-        Args:
-            payload: from `weight_sync.wire.encode_bucket`; every tensor-parallel rank gets the same tensors.
-            weight_version: the version from now on; give it with the last bucket only.
-        """
-        payloads = b",".join([b'"' + payload + b'"'] * tp_size)
-        version = b"null" if weight_version is None else b'"' + weight_version.encode() + b'"'
-        # flush_cache false: a refused flush would fail the update, and extra_key keeps the versions apart.
-        await self._update(
-            "/update_weights_from_tensor",
-            b'{"serialized_named_tensors":['
-            + payloads
-            + b'],"flush_cache":false,"weight_version":'
-            + version
-            + b"}",
-        )
-
-    async def end_weight_update(self) -> None:
-        await self._update("/end_weight_update", b"{}")
-
-    async def weights_checksum(self) -> str:
-        """The server's checksum over all its weights (`per_engine_checksum` of /weights_checker)."""
-        answer = await self._request("POST", "/weights_checker", json={"action": "checksum"})
-        return str(_field(answer, "per_engine_checksum", f"{self.endpoint}/weights_checker"))
-
-    async def _update(self, path: str, content: bytes) -> None:
-        """One step of a weight update, never repeated.
-
-        Raises:
-            WeightSyncError: names the server and its reason.
-        """
-        headers = {"Content-Type": "application/json"}
-        try:
-            answer = await self._request("POST", path, content=content, headers=headers)
-        except RolloutError as error:
-            raise WeightSyncError(str(error)) from error
-        if not _field(answer, "success", f"{self.endpoint}{path}"):
-            raise WeightSyncError(f"{self.endpoint}{path}: refused: {answer}")
 
     # -------------------------------------------------------------------------------- transport
 
@@ -233,7 +185,8 @@ class ServerFailureError(RetryableError):
     """The server answered with an internal error (5xx)."""
 
 
-def _field(answer: Any, key: str, where: str) -> Any:
+def answer_field(answer: Any, key: str, where: str) -> Any:
+    """A field of a server's JSON answer; RolloutError if it is missing."""
     if not isinstance(answer, dict) or key not in answer:
         raise RolloutError(f"{where}: the answer has no {key!r}")
     return answer[key]

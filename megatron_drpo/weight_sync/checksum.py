@@ -34,6 +34,21 @@ class WeightsChecksum:
         return f"{self._total:016x}"
 
 
+class HfChecksums:
+    """Every tensor's digest by its HF name, as the embedded server reports them."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in one CPU tensor."""
+        self._digests[name] = f"{tensor_digest(name, tensor):016x}"
+
+    def checksums(self) -> list[dict[str, str]]:
+        """Of the server's only rank: 16 hexadecimal digits by name."""
+        return [self._digests]
+
+
 def compute_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The checksum of HF-named CPU tensors, as 16 hexadecimal digits."""
     checksum = WeightsChecksum()

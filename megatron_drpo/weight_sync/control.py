@@ -73,6 +73,8 @@ class FleetControl:
         """Endpoints that have the current weights."""
         self.num_fenced = 0
         """Pushes to a server that failed, since the run began."""
+        self.messages: list[str] = []
+        """What a person should hear; whoever shows it clears the list."""
         self._retry_at: dict[str, float] = {}
         self._num_failures: dict[str, int] = {}
 
@@ -109,7 +111,9 @@ class FleetControl:
         for endpoint in report.updated:
             self._num_failures.pop(endpoint, None)
             self._retry_at.pop(endpoint, None)
-        for endpoint in report.failed:
+        self.messages += report.notes
+        for endpoint, reason in report.failed.items():
+            self.messages.append(f"{endpoint} is fenced until it has weights {policy_version}: {reason}")
             self.num_fenced += 1
             count = self._num_failures[endpoint] = self._num_failures.get(endpoint, 0) + 1
             self._retry_at[endpoint] = time.monotonic() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)

@@ -1,150 +1,228 @@
-"""Send the policy's weights to the rollout servers and verify that they arrived."""
+"""Send the policy's weights to rollout servers and verify that they arrived.
+
+The calling thread takes the tensors from the policy (a collective of all ranks) and packs the next bucket,
+while a thread of the pusher's own sends the last one. At each server: pause in place -> begin -> buckets ->
+end -> verify -> continue. Requests in flight stay where they are meanwhile and go on with the new weights.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from megatron_drpo.config import Config, RolloutEngineName
-from megatron_drpo.errors import RolloutError, WeightSyncError
-from megatron_drpo.rollout.client import SGLangClient, run_all
-from megatron_drpo.weight_sync.checksum import WeightsChecksum
-from megatron_drpo.weight_sync.wire import encode_bucket
+from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.errors import WeightSyncError
+from megatron_drpo.hf_io import read_hf_config
+from megatron_drpo.weight_sync.bucket import Bucket, BucketPacker, NamedTensors
+from megatron_drpo.weight_sync.disk_path import DiskPath
+from megatron_drpo.weight_sync.distributed_path import DistributedPath
+from megatron_drpo.weight_sync.path import Failures, Server, WeightPath, attempt
+from megatron_drpo.weight_sync.servers import Servers
+from megatron_drpo.weight_sync.tensor_path import TensorPath
+from megatron_drpo.weight_sync.verify import Checksums, Verification
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
-Bucket = list[tuple[str, torch.Tensor]]
-DEFAULT_BUCKET_BYTES = 256 * 2**20
-
-
-class WeightPusher:
-    """Keeps connections to the servers; used on global rank 0 alone, from one thread."""
-
-    def __init__(
-        self,
-        endpoints: Sequence[str],
-        *,
-        timeout_s: float,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-        verify_checksum: bool = True,
-    ) -> None:
-        """
-        Args:
-            endpoints: base URLs of the servers.
-            timeout_s: limit of each request.
-            bucket_bytes: tensors are sent in buckets of about this size; one larger tensor goes alone. The
-                embedded server holds all buckets until the update ends, so a failed update changes nothing
-                there.
-            verify_checksum: compare checksums afterwards. SGLang's checker hashes its own fused layout, which
-                has no counterpart here: pass False for it, and the version alone is verified.
-        """
-        self._clients: list[SGLangClient] = []
-        self._timeout_s = timeout_s
-        self._bucket_bytes = bucket_bytes
-        self._verify_checksum = verify_checksum
-        self._tp_sizes: list[int] = []
-        """Of each server; known from the first push on."""
-        self._runner = asyncio.Runner()
-
-    def push(self, tensors: NamedTensors, policy_version: int, endpoints: Sequence[str]) -> PushReport:
-        """Make the servers serve these weights as `policy_version`.
-
-        Args:
-            tensors: every tensor of the model under its HF name, whole, on the CPU; consumed as a stream.
-        """
-        self._clients = [SGLangClient(url, timeout_s=self._timeout_s) for url in endpoints]
-        self._tp_sizes = []
-        try:
-            self._runner.run(self._push(tensors, str(policy_version)))
-        except RolloutError as error:
-            for _ in tensors:
-                pass
-            return PushReport([], dict.fromkeys(endpoints, str(error)))
-        return PushReport(list(endpoints), {})
-
-    def close(self) -> None:
-        """Close all connections."""
-
-        async def close() -> None:
-            for client in self._clients:
-                await client.close()
-
-        self._runner.run(close())
-        self._runner.close()
-
-    async def _push(self, tensors: NamedTensors, version: str) -> None:
-        if not self._tp_sizes:
-            infos = await run_all(client.server_info() for client in self._clients)
-            self._tp_sizes = [int(info["tp_size"]) for info in infos]
-        checksum = WeightsChecksum()
-        await run_all(client.begin_weight_update() for client in self._clients)
-        for bucket, is_last in _mark_last(_buckets(tensors, self._bucket_bytes)):
-            for name, tensor in bucket:
-                checksum.add(name, tensor)
-            payload = encode_bucket(bucket)
-            await run_all(
-                client.update_weights_from_tensor(
-                    payload, tp_size=tp_size, weight_version=version if is_last else None
-                )
-                for client, tp_size in zip(self._clients, self._tp_sizes, strict=True)
-            )
-        await run_all(client.end_weight_update() for client in self._clients)
-        expected = checksum.hexdigest() if self._verify_checksum else None
-        await run_all(_verify(client, version, expected) for client in self._clients)
+T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What became of a push."""
+    """What became of one update."""
 
     updated: list[str]
+    """Endpoints that serve the new weights, in the order given."""
     failed: dict[str, str]
-    """Endpoint to error."""
+    """Endpoint -> why. Its weights may be a mixture, and it is paused or dead: let it serve nothing until an
+    update succeeds."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know; each is said once in the pusher's life."""
 
 
-def build_pusher(config: Config) -> WeightPusher:
-    return WeightPusher(
-        [],
-        timeout_s=config.weight_sync.timeout_s,
-        bucket_bytes=config.weight_sync.bucket_bytes,
-        verify_checksum=config.rollout.engine is RolloutEngineName.embedded,
+@dataclass(slots=True)
+class _Update:
+    """One push, as far as it has come."""
+
+    version: str
+    servers: list[Server]
+    """Those that have not failed."""
+    failed: Failures
+    all_failed: bool = False
+    verification: Verification | None = None
+
+
+class WeightPusher:
+    """Keeps connections and broadcast groups; used on global rank 0 alone, from one thread."""
+
+    def __init__(
+        self,
+        config: WeightSyncConfig,
+        *,
+        model_path: str | Path,
+        run_dir: str | Path,
+        device: torch.device = _CPU,
+        api_key: str | None = None,
+    ) -> None:
+        """
+        Args:
+            model_path: the policy's HF folder, whose config.json says what the servers serve.
+            run_dir: the disk path writes below it.
+            device: of the policy's tensors.
+            api_key: what the servers ask for.
+        """
+        self._config = config
+        self._model_config = read_hf_config(Path(model_path))
+        self._path = _build_path(config, model_path, run_dir, device)
+        self._packer = BucketPacker(
+            config.bucket_bytes, _CPU if config.path is WeightSyncPath.disk else device
+        )
+        self._keeps_buffers = device.type == "cpu"
+        self._servers = Servers(config.timeout_s, api_key)
+        self._num_pushed = 0
+        self._agreed_version = ""
+        self._agreed: Mapping[Any, Checksums] = {}
+        self._has_noted_unknown = False
+        self._loop = _LoopThread()
+
+    def push(self, tensors: NamedTensors, policy_version: int, endpoints: Sequence[str]) -> PushReport:
+        """Make servers serve these weights as `policy_version`; a server's failure is reported, not raised.
+
+        Args:
+            tensors: every tensor of the model under its HF name, whole; consumed as a stream, to its end even
+                where all servers have failed.
+            endpoints: base URLs of the servers to update now.
+        """
+        update = _Update(str(policy_version), [], {})
+        sending = self._loop.submit(self._open(update, endpoints))
+        try:
+            # While one bucket travels the next is gathered, in the other of the packer's buffers.
+            for bucket in self._packer.pack(tensors, wanted=lambda: not update.all_failed):
+                sending.result()
+                sending = self._loop.submit(self._send(update, bucket))
+        finally:
+            sending.result()
+            if not self._keeps_buffers:
+                self._packer.release()
+        notes = self._loop.submit(self._finish(update)).result()
+        self._num_pushed += 1
+        updated = [server.endpoint for server in update.servers]
+        return PushReport(updated, update.failed, notes)
+
+    def close(self) -> None:
+        """Leave the groups and close the connections; a dead server is not waited for. Harmless if
+        repeated."""
+        if self._loop.is_stopped:
+            return
+
+        async def close() -> None:
+            await self._path.close()
+            await self._servers.close()
+
+        self._loop.submit(close()).result()
+        self._loop.stop()
+
+    # ------------------------------------------------------------------------- in the loop's thread
+
+    async def _open(self, update: _Update, endpoints: Sequence[str]) -> None:
+        urls = list(dict.fromkeys(endpoint.rstrip("/") for endpoint in endpoints))
+        update.servers, failures = await self._servers.find(urls)
+        await self._take(update, failures)
+        await self._take(update, await self._path.open(update.servers, update.version))
+        every = self._config.verify_every
+        if every and self._num_pushed % every == 0:
+            agreed = self._agreed if self._agreed_version == update.version else {}
+            update.verification = Verification(update.servers, self._model_config, agreed)
+
+    async def _send(self, update: _Update, bucket: Bucket) -> None:
+        verification = update.verification
+        if not update.servers:
+            return
+        if verification is None:
+            await self._take(update, await self._path.send(update.servers, bucket))
+            return
+        # Hashing takes as long as sending, and leaves the interpreter free meanwhile.
+        hashing = asyncio.to_thread(verification.add_all, bucket.tensors())
+        failures, _ = await asyncio.gather(self._path.send(update.servers, bucket), hashing)
+        await self._take(update, failures)
+
+    async def _finish(self, update: _Update) -> list[str]:
+        """The steps after the last bucket; returns the notes."""
+        notes: list[str] = []
+        await self._take(update, await self._path.finish(update.servers))
+
+        async def check_version(server: Server) -> None:
+            served = await server.client.weight_version()
+            if served != update.version:
+                raise WeightSyncError(
+                    f"{server.endpoint}: serves weight version {served!r}, not {update.version!r}"
+                )
+
+        await self._take(update, await attempt(update.servers, check_version))
+        if update.verification is not None and update.servers:
+            await self._take(update, await update.verification.compare(update.servers))
+            self._agreed_version, self._agreed = update.version, update.verification.agreed
+            notes = self._notes(update.verification)
+        resume = await attempt(update.servers, lambda server: server.client.continue_generation())
+        await self._take(update, resume)
+        return notes
+
+    async def _take(self, update: _Update, failures: Failures) -> None:
+        """Go on without the servers that failed. Nothing more is asked of them: they must not serve."""
+        update.failed |= failures
+        update.servers = [server for server in update.servers if server.endpoint not in failures]
+        update.all_failed = not update.servers
+        await self._path.discard(list(failures))
+        await self._servers.forget(list(failures))
+
+    def _notes(self, verification: Verification) -> list[str]:
+        if not verification.unknown or self._has_noted_unknown:
+            return []
+        self._has_noted_unknown = True
+        return [
+            f"the weights of {', '.join(verification.unknown)} lie in a layout that is not known here: their "
+            "checksums are compared with each other only"
+        ]
+
+
+def _build_path(
+    config: WeightSyncConfig, model_path: str | Path, run_dir: str | Path, device: torch.device
+) -> WeightPath:
+    if config.path is WeightSyncPath.tensor:
+        return TensorPath()
+    if config.path is WeightSyncPath.disk:
+        return DiskPath(run_dir, source=model_path, bucket_bytes=config.bucket_bytes)
+    return DistributedPath(
+        host=config.host,
+        backend="nccl" if device.type == "cuda" else "gloo",
+        servers_per_group=config.servers_per_group,
+        timeout_s=config.timeout_s,
     )
 
 
-async def _verify(client: SGLangClient, version: str, checksum: str | None) -> None:
-    served = await client.weight_version()
-    if served != version:
-        raise WeightSyncError(f"{client.endpoint}: serves weight version {served!r}, not {version!r}")
-    if checksum is None:
-        return
-    served_checksum = await client.weights_checksum()
-    if served_checksum != checksum:
-        raise WeightSyncError(
-            f"{client.endpoint}: the weights of version {version} have checksum {served_checksum}, "
-            f"the trainer's {checksum}"
-        )
+class _LoopThread:
+    """An event loop in a daemon thread: nothing that hangs there keeps the process alive."""
 
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="weight sync", daemon=True)
+        self._thread.start()
 
-def _buckets(tensors: NamedTensors, bucket_bytes: int) -> Iterator[Bucket]:
-    bucket: Bucket = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket = []
-            size = 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+    def submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine there."""
+        return asyncio.run_coroutine_threadsafe(call, self._loop)
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._loop.is_closed()
 
-def _mark_last(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
-    """Each bucket with whether it is the last; holds two at a time."""
-    current = next(buckets, None)
-    while current is not None:
-        following = next(buckets, None)
-        yield current, following is None
-        current = following
+    def stop(self) -> None:
+        """End the thread; what still runs there is abandoned."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from megatron_drpo.errors import DrpoError, WeightSyncError
+from megatron_drpo.errors import DrpoError, ModelError, WeightSyncError
+from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.rollout.embedded.generator import Generator
 from megatron_drpo.rollout.embedded.protocol import BadRequest, ModelLimits, parse_generate, render_result
 from megatron_drpo.rollout.embedded.weights import WeightStore
+from megatron_drpo.rollout.weight_client import EMBEDDED
 from megatron_drpo.weight_sync.wire import decode_bucket
 
 T = TypeVar("T")
@@ -38,9 +40,12 @@ class EmbeddedApp:
         post: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
             ("/generate", self.generate),
             ("/abort_request", self.abort_request),
+            ("/pause_generation", self.pause_generation),
+            ("/continue_generation", self.continue_generation),
             ("/begin_weight_update", self.begin_weight_update),
             ("/update_weights_from_tensor", self.update_weights_from_tensor),
             ("/end_weight_update", self.end_weight_update),
+            ("/update_weights_from_disk", self.update_weights_from_disk),
             ("/weights_checker", self.weights_checker),
         ]
         get: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
@@ -51,7 +56,12 @@ class EmbeddedApp:
         ]
         routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post]
         routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get]
-        handlers: Any = {BadRequest: _bad_request, WeightSyncError: _bad_request, DrpoError: _failed}
+        handlers: Any = {
+            BadRequest: _bad_request,
+            WeightSyncError: _bad_request,
+            ModelError: _bad_request,
+            DrpoError: _failed,
+        }
         return Starlette(routes=routes, exception_handlers=handlers)
 
     # ------------------------------------------------------------------------------- generation
@@ -81,6 +91,17 @@ class EmbeddedApp:
         self._generator.abort(None if body.get("abort_all") else rid)
         return Response()
 
+    async def pause_generation(self, request: Request) -> Response:
+        body = await _json_object(request)
+        if body.get("mode") != "in_place":
+            raise BadRequest("mode must be 'in_place'")
+        await _result(self._generator.call(self._generator.pause))
+        return JSONResponse({"status": "ok", "message": "Generation paused successfully."})
+
+    async def continue_generation(self, request: Request) -> Response:
+        await _result(self._generator.call(self._generator.resume))
+        return JSONResponse({"status": "ok", "message": "Generation continued successfully."})
+
     # ------------------------------------------------------------------------------ information
 
     async def health(self, request: Request) -> Response:
@@ -103,6 +124,7 @@ class EmbeddedApp:
         return JSONResponse(
             {
                 "model_path": self._model_path,
+                "frontend": EMBEDDED,
                 "tp_size": 1,
                 "context_length": self._limits.max_tokens,
                 "enable_deterministic_inference": self._generator.deterministic,
@@ -129,6 +151,16 @@ class EmbeddedApp:
     async def end_weight_update(self, request: Request) -> Response:
         await _result(self._generator.update_weights())
         return _success(f"weight version {self._store.version}")
+
+    async def update_weights_from_disk(self, request: Request) -> Response:
+        body = await _json_object(request)
+        path, version = body.get("model_path"), body.get("weight_version")
+        if not isinstance(path, str) or not isinstance(version, str):
+            raise BadRequest("model_path and weight_version must be strings")
+        folder = HfFolder(path)
+        self._store.begin()
+        self._store.stage(((name, folder.get(name)) for name in folder), version)
+        return await self.end_weight_update(request)
 
     async def weights_checker(self, request: Request) -> Response:
         body = await _json_object(request)

@@ -68,6 +68,7 @@ class Generator:
         """Row i of the runner decodes sample i."""
         self._sampling: SamplingBatch | None = None
         self._closing = False
+        self._paused = False
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
 
@@ -107,6 +108,14 @@ class Generator:
         self._post(run)
         return future
 
+    def pause(self) -> None:
+        """Hold all samples where they are, with their cache; run it through `call`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`; run it through `call`."""
+        self._paused = False
+
     def close(self) -> None:
         """Stop after the current token and wait for the thread; harmless when it has ended."""
         self._inbox.put(self._close)
@@ -123,6 +132,8 @@ class Generator:
         try:
             while not self._closing:
                 self._take_messages()
+                if self._paused or self._closing:
+                    continue
                 self._admit()
                 if self._active:
                     self._decode_one_token()
@@ -134,7 +145,7 @@ class Generator:
 
     def _take_messages(self) -> None:
         """Handle all messages; with nothing else to do, wait for one."""
-        block = not self._active and not self._waiting
+        block = self._paused or not (self._active or self._waiting)
         while True:
             try:
                 message = self._inbox.get(block=block)

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout import client as client_module
 from megatron_drpo.rollout.client import SampleRequest, SGLangClient
 
@@ -172,30 +172,9 @@ def test_input_ids_outside_the_vocabulary_are_never_sent(server: FakeServer) -> 
     assert server.bodies == []
 
 
-def test_a_bucket_is_sent_once_per_tensor_parallel_rank(server: FakeServer) -> None:
-    server.answers = [JSONResponse({"success": True, "message": ""})]
-
-    def send(client: SGLangClient) -> Awaitable[None]:
-        return client.update_weights_from_tensor(b"QUJD", tp_size=3, weight_version="12")
-
-    call(server.endpoint, send)
-    assert server.bodies == [
-        {"serialized_named_tensors": ["QUJD"] * 3, "flush_cache": False, "weight_version": "12"}
-    ]
-
-
-def test_updates_are_never_repeated_and_fail_as_weight_sync_errors(server: FakeServer) -> None:
-    server.answers = [PlainTextResponse("out of memory", 500)]
-    with pytest.raises(WeightSyncError, match=r"/begin_weight_update: HTTP 500: out of memory"):
-        call(server.endpoint, lambda client: client.begin_weight_update(), num_retries=3)
-    assert len(server.bodies) == 1
-    server.answers = [JSONResponse({"success": False, "message": "no"})]
-    with pytest.raises(WeightSyncError, match=r"/end_weight_update: refused: .*no"):
-        call(server.endpoint, lambda client: client.end_weight_update())
-
-
 def test_information_that_is_missing_is_an_error(server: FakeServer) -> None:
     server.answers = [JSONResponse({"weight_version": "5"})]
     assert call(server.endpoint, lambda client: client.weight_version()) == "5"
-    with pytest.raises(RolloutError, match=r"/weights_checker: the answer has no 'per_engine_checksum'"):
-        call(server.endpoint, lambda client: client.weights_checksum())
+    server.answers = [JSONResponse({})]
+    with pytest.raises(RolloutError, match=r"/model_info: the answer has no 'weight_version'"):
+        call(server.endpoint, lambda client: client.weight_version())

@@ -11,38 +11,45 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from megatron_drpo.errors import WeightSyncError
+from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.rollout.client import SGLangClient
 from megatron_drpo.rollout.embedded.runner import load_model
-from megatron_drpo.weight_sync import push as push_module
-from megatron_drpo.weight_sync.checksum import compute_checksum
-from megatron_drpo.weight_sync.push import WeightPusher
+from megatron_drpo.weight_sync import tensor_path
+from megatron_drpo.weight_sync.push import PushReport, WeightPusher
 
 Tensors = dict[str, torch.Tensor]
+StandIn = Any
+"""conftest.py's."""
 
 
 @pytest.fixture
-def new(model_path: Path) -> Tensors:
-    torch.manual_seed(3)
-    tensors = load_file(model_path / "model.safetensors")
-    return {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+def make_pusher(model_path: Path, tmp_path: Path) -> Iterator[Callable[..., WeightPusher]]:
+    """`make_pusher(**settings)`: a pusher of the model of `model_path`, closed after the test."""
+    pushers: list[WeightPusher] = []
 
+    def make(**settings: Any) -> WeightPusher:
+        settings = {"timeout_s": 10.0, **settings}
+        config = WeightSyncConfig(**settings)
+        pushers.append(WeightPusher(config, model_path=model_path, run_dir=tmp_path / "run"))
+        return pushers[-1]
 
-def push_weights(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    endpoints: list[str],
-    *,
-    policy_version: int,
-    timeout_s: float,
-    **settings: Any,
-) -> None:
-    pusher = WeightPusher(endpoints, timeout_s=timeout_s, **settings)
-    try:
-        pusher.push(tensors, policy_version)
-    finally:
+    yield make
+    for pusher in pushers:
         pusher.close()
+
+
+@pytest.fixture
+def push(make_pusher: Callable[..., WeightPusher]) -> Callable[..., PushReport]:
+    """`push(tensors, endpoints, version=1, **settings)`"""
+
+    def run(
+        tensors: Iterable[tuple[str, torch.Tensor]], endpoints: list[str], version: int = 1, **settings: Any
+    ) -> PushReport:
+        return make_pusher(**settings).push(tensors, version, endpoints)
+
+    return run
 
 
 def get(url: str) -> Any:
@@ -59,11 +66,19 @@ def logprobs(endpoint: str, prompt: list[int]) -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**30])
+@pytest.mark.parametrize("path", [WeightSyncPath.tensor, WeightSyncPath.disk])
 def test_servers_generate_with_the_new_weights(
-    endpoint: str, model_path: Path, new: Tensors, tmp_path: Path, bucket_bytes: int
+    push: Callable[..., PushReport],
+    endpoint: str,
+    model_path: Path,
+    new: Tensors,
+    tmp_path: Path,
+    path: WeightSyncPath,
+    bucket_bytes: int,
 ) -> None:
     """Against a model that transformers loads from a file of the new weights."""
-    push_weights(iter(new.items()), [endpoint], policy_version=3, timeout_s=10, bucket_bytes=bucket_bytes)
+    report = push(iter(new.items()), [endpoint], 3, path=path, bucket_bytes=bucket_bytes)
+    assert report == PushReport(updated=[endpoint], failed={}, notes=[])
     assert get(f"{endpoint}/model_info")["weight_version"] == "3"
     save_file(new, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((model_path / "config.json").read_text())
@@ -75,9 +90,9 @@ def test_servers_generate_with_the_new_weights(
 
 
 def test_the_stream_is_not_held_in_memory(
-    endpoint: str, new: Tensors, monkeypatch: pytest.MonkeyPatch
+    push: Callable[..., PushReport], endpoint: str, new: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With small buckets at most two are taken from the stream before the first is sent."""
+    """When a bucket is sent, no more than the next one and the tensor that closed it have been taken."""
     taken_at_send: list[int] = []
     num_taken = 0
 
@@ -87,77 +102,105 @@ def test_the_stream_is_not_held_in_memory(
             num_taken += 1
             yield item
 
-    encode = push_module.encode_bucket
+    encode = tensor_path.encode_bucket
 
     def counting(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
         taken_at_send.append(num_taken)
         return encode(bucket)
 
-    monkeypatch.setattr(push_module, "encode_bucket", counting)
-    push_weights(stream(), [endpoint], policy_version=1, timeout_s=10, bucket_bytes=1)
-    assert taken_at_send[:3] == [3, 4, 5]  # the next bucket and the tensor that closed it
+    monkeypatch.setattr(tensor_path, "encode_bucket", counting)
+    push(stream(), [endpoint], bucket_bytes=1)
     assert len(taken_at_send) == len(new)
+    assert all(taken <= i + 3 for i, taken in enumerate(taken_at_send))
 
 
 def test_a_payload_is_serialised_once_for_all_servers(
-    make_endpoint: Callable[[], str], new: Tensors, monkeypatch: pytest.MonkeyPatch
+    push: Callable[..., PushReport],
+    make_endpoint: Callable[[], str],
+    new: Tensors,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[int] = []
-    encode = push_module.encode_bucket
+    encode = tensor_path.encode_bucket
 
     def counting(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
         sizes.append(len(bucket))
         return encode(bucket)
 
-    monkeypatch.setattr(push_module, "encode_bucket", counting)
+    monkeypatch.setattr(tensor_path, "encode_bucket", counting)
     endpoints = [make_endpoint(), make_endpoint()]
-    push_weights(new.items(), endpoints, policy_version=1, timeout_s=10)
+    assert push(new.items(), endpoints).updated == endpoints
     assert sizes == [len(new)]
     assert [get(f"{endpoint}/model_info")["weight_version"] for endpoint in endpoints] == ["1", "1"]
 
 
-def test_a_refused_update_names_server_and_tensor(endpoint: str, new: Tensors) -> None:
-    del new["model.layers.2.mlp.experts.5.down_proj.weight"]
-    with pytest.raises(
-        WeightSyncError, match=rf"{endpoint}/end_weight_update: HTTP 400: .*experts\.5\.down_proj"
-    ):
-        push_weights(new.items(), [endpoint], policy_version=1, timeout_s=10)
+def test_a_refused_update_names_server_and_tensor(
+    push: Callable[..., PushReport], endpoint: str, new: Tensors
+) -> None:
+    missing = "model.layers.2.mlp.experts.5.down_proj.weight"
+    del new[missing]
+    report = push(new.items(), [endpoint])
+    assert report.updated == []
+    assert report.failed[endpoint].startswith(f"{endpoint}/end_weight_update: HTTP 400: ")
+    assert missing in report.failed[endpoint]
     assert get(f"{endpoint}/model_info")["weight_version"] == "0"
 
 
-def test_an_absent_server_is_named(endpoint: str, new: Tensors) -> None:
+def test_an_absent_server_is_named_and_the_others_are_updated(
+    push: Callable[..., PushReport], endpoint: str, new: Tensors
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         absent = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    with pytest.raises(WeightSyncError, match=rf"{absent}/server_info: cannot be reached"):
-        push_weights(new.items(), [endpoint, absent], policy_version=1, timeout_s=10)
+    report = push(new.items(), [absent, endpoint])
+    assert report.updated == [endpoint]
+    assert report.failed.keys() == {absent}
+    assert "/server_info: cannot be reached" in report.failed[absent]
+
+
+def test_the_stream_is_consumed_even_if_all_servers_fail(
+    push: Callable[..., PushReport], new: Tensors
+) -> None:
+    """It is a collective of all ranks."""
+    stream = iter(new.items())
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        absent = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    assert push(stream, [absent]).failed.keys() == {absent}
+    assert next(stream, None) is None
+    stream = iter(new.items())
+    assert push(stream, []) == PushReport(updated=[], failed={}, notes=[])
+    assert next(stream, None) is None
 
 
 def test_a_server_with_other_weights_or_version_is_found_out(
-    endpoint: str, new: Tensors, monkeypatch: pytest.MonkeyPatch
+    make_pusher: Callable[..., WeightPusher], endpoint: str, new: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The checksum is taken after every second push only; the version after each."""
     first = next(iter(new))
-    encode = push_module.encode_bucket
+    encode = tensor_path.encode_bucket
 
     def damage(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
         return encode([(name, t.nextafter(t + 1) if name == first else t) for name, t in bucket])
 
-    monkeypatch.setattr(push_module, "encode_bucket", damage)
-    checksum = compute_checksum(new.items())
-    with pytest.raises(
-        WeightSyncError, match=rf"{endpoint}: the weights of version 1 have .* trainer's {checksum}"
-    ):
-        push_weights(new.items(), [endpoint], policy_version=1, timeout_s=10)
-    push_weights(new.items(), [endpoint], policy_version=2, timeout_s=10, verify_checksum=False)
+    monkeypatch.setattr(tensor_path, "encode_bucket", damage)
+    pusher = make_pusher(verify_every=2)
+    assert (
+        f"{endpoint}: rank 0: {first} has checksum"
+        in pusher.push(new.items(), 1, [endpoint]).failed[endpoint]
+    )
+    assert pusher.push(new.items(), 2, [endpoint]).updated == [endpoint]
+    assert pusher.push(new.items(), 3, [endpoint]).updated == []
 
     async def old_version(client: SGLangClient) -> str:
         return "0"
 
     monkeypatch.setattr(SGLangClient, "weight_version", old_version)
-    with pytest.raises(WeightSyncError, match=rf"{endpoint}: serves weight version '0', not '3'"):
-        push_weights(new.items(), [endpoint], policy_version=3, timeout_s=10)
+    failed = pusher.push(new.items(), 4, [endpoint]).failed
+    assert failed == {endpoint: f"{endpoint}: serves weight version '0', not '4'"}
 
 
-def test_pushing_while_requests_run(endpoint: str, new: Tensors) -> None:
+def test_pushing_while_requests_run(
+    make_pusher: Callable[..., WeightPusher], endpoint: str, new: Tensors
+) -> None:
     """Running requests go on, and each says which version sampled its tokens."""
     answers: list[dict[str, Any]] = []
 
@@ -167,11 +210,12 @@ def test_pushing_while_requests_run(endpoint: str, new: Tensors) -> None:
         answers.extend(httpx.post(f"{endpoint}/generate", json=body, trust_env=False, timeout=30).json())
 
     thread = threading.Thread(target=generate)
+    pusher = make_pusher()
     thread.start()
     version = 0
     while thread.is_alive():
         version += 1
-        push_weights(new.items(), [endpoint], policy_version=version, timeout_s=10)
+        assert pusher.push(new.items(), version, [endpoint]).updated == [endpoint]
     thread.join()
     for answer in answers:
         spans = answer["meta_info"]["weight_versions"]
@@ -182,14 +226,78 @@ def test_pushing_while_requests_run(endpoint: str, new: Tensors) -> None:
         assert len(versions) > 1
 
 
-def test_timeout_is_an_error(endpoint: str, new: Tensors) -> None:
-    with pytest.raises(WeightSyncError, match=r"no answer within 1e-06 s"):
-        push_weights(new.items(), [endpoint], policy_version=1, timeout_s=1e-6)
+def test_one_pusher_pushes_again_and_again_to_whom_it_is_told(
+    make_pusher: Callable[..., WeightPusher], make_endpoint: Callable[[], str], new: Tensors
+) -> None:
+    pusher = make_pusher()
+    first, second = make_endpoint(), make_endpoint()
+    for version, endpoints in enumerate(([first, second], [second], [first], [second, first]), 1):
+        assert pusher.push(new.items(), version, endpoints).updated == endpoints
+        for endpoint in endpoints:
+            assert get(f"{endpoint}/model_info")["weight_version"] == str(version)
 
 
-def test_one_pusher_pushes_again_and_again(endpoint: str, new: Tensors) -> None:
-    pusher = WeightPusher([endpoint], timeout_s=10)
-    for version in (1, 2, 3):
-        pusher.push(new.items(), version)
-        assert get(f"{endpoint}/model_info")["weight_version"] == str(version)
-    pusher.close()
+def test_only_the_latest_folder_is_kept(
+    make_pusher: Callable[..., WeightPusher], endpoint: str, new: Tensors, tmp_path: Path
+) -> None:
+    pusher = make_pusher(path=WeightSyncPath.disk)
+    for version in (1, 2):
+        assert pusher.push(new.items(), version, [endpoint]).updated == [endpoint]
+    assert [path.name for path in (tmp_path / "run" / "weights").iterdir()] == ["version_2"]
+
+
+def test_a_folder_that_cannot_be_written_is_every_servers_failure(
+    push: Callable[..., PushReport], endpoint: str, new: Tensors, tmp_path: Path
+) -> None:
+    (tmp_path / "run").write_text("a file in the folder's place")
+    report = push(new.items(), [endpoint], path=WeightSyncPath.disk)
+    assert "cannot be written" in report.failed[endpoint]
+    assert get(f"{endpoint}/model_info")["weight_version"] == "0"
+
+
+# ------------------------------------------------------------------------------------- failures
+
+STEPS = {
+    "/server_info": 0,
+    "/pause_generation": 1,
+    "/begin_weight_update": 2,
+    "/update_weights_from_tensor": 3,
+    "/end_weight_update": 5,
+    "/model_info": 6,
+    "/weights_checker": 7,
+    "/continue_generation": 8,
+}
+"""Each step, and how many requests the server has answered before it when there are two buckets."""
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "hang"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_at_any_step_concerns_that_server_alone(
+    make_pusher: Callable[..., WeightPusher],
+    make_stand_in: Callable[[], StandIn],
+    stopwatch: Callable[[], float],
+    new: Tensors,
+    step: str,
+    fault: str,
+) -> None:
+    """It is reported, nothing more is asked of it, the other is updated, and the next push repairs it."""
+    bad, good = make_stand_in(), make_stand_in()
+    bad.faults[step] = fault
+    pusher = make_pusher(timeout_s=0.5, bucket_bytes=sum(t.nbytes for t in new.values()) * 2 // 3)
+    stream = iter(new.items())
+    report = pusher.push(stream, 1, [bad.endpoint, good.endpoint])
+    assert next(stream, None) is None
+    assert report.updated == [good.endpoint]
+    assert report.failed.keys() == {bad.endpoint}
+    assert report.failed[bad.endpoint].startswith(f"{bad.endpoint}{step}: ")
+    assert bad.asked[-1] == step
+    assert len(bad.asked) == STEPS[step] + 1
+    assert good.asked[-1] == "/continue_generation"
+    assert stopwatch() < 5
+    bad.faults.clear()
+    bad.received.clear()
+    assert pusher.push(new.items(), 2, [bad.endpoint, good.endpoint]).failed == {}
+    for server in (bad, good):
+        assert server.version == "2"
+        assert server.received.keys() == new.keys()
+        assert all(torch.equal(server.received[name], new[name]) for name in new)

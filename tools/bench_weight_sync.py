@@ -1,0 +1,184 @@
+"""Time and memory of a weight sync beside a plain gloo broadcast of the same bytes.
+
+    python tools/bench_weight_sync.py FOLDER URL [URL ...]
+
+FOLDER is an HF folder, such as tools/tiny_model.py writes; the URLs are SGLang servers of it. Measured with
+the first server alone and with all. The plain broadcast goes to as many processes that do nothing else; all
+take turns, so that a busy moment of the machine meets each. Times are medians of whole pushes: pause,
+buckets, version, continue. Memory is what the pushing process took beyond the model it holds, at the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.errors import WeightSyncError
+from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.weight_sync.push import WeightPusher
+
+Tensors = list[tuple[str, torch.Tensor]]
+_TIMEOUT = timedelta(seconds=120)
+
+
+class PlainBroadcast:
+    """Rank 0 of a gloo group with `num_receivers` processes."""
+
+    def __init__(self, num_receivers: int, num_bytes: int) -> None:
+        self._data = torch.ones(num_bytes, dtype=torch.uint8)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+        ranks = [str(rank) for rank in range(1, num_receivers + 1)]
+        arguments = [str(store.port), str(num_receivers + 1), str(num_bytes)]
+        self._receivers = [
+            subprocess.Popen([sys.executable, __file__, "--receive", rank, *arguments]) for rank in ranks
+        ]
+        self._group = dist.ProcessGroupGloo(store, 0, num_receivers + 1, timeout=_TIMEOUT)
+
+    def run(self) -> None:
+        """Until the last receiver has all bytes."""
+        _broadcast(self._group, self._data)
+        self._group.barrier().wait()
+
+    def close(self) -> None:
+        for receiver in self._receivers:
+            receiver.kill()
+            receiver.wait()
+
+
+def receive(rank: int, port: int, world_size: int, num_bytes: int) -> None:
+    """A receiver of `PlainBroadcast`; runs until it is killed."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
+    group = dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(hours=1))
+    data = torch.zeros(num_bytes, dtype=torch.uint8)
+    while True:
+        _broadcast(group, data)
+        group.barrier().wait()
+
+
+def _broadcast(group: Any, data: torch.Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([data], options).wait()
+
+
+class Pushes:
+    """One way to push, again and again."""
+
+    def __init__(
+        self, folder: Path, run_dir: Path, tensors: Tensors, endpoints: list[str], path: str, **settings: int
+    ) -> None:
+        config = WeightSyncConfig(path=WeightSyncPath(path), **settings)
+        self._pusher = WeightPusher(config, model_path=folder, run_dir=run_dir)
+        self._tensors = tensors
+        self._endpoints = endpoints
+        self._version = int(time.time())
+
+    def run(self) -> None:
+        """One push of the whole model."""
+        self._version += 1
+        report = self._pusher.push(iter(self._tensors), self._version, self._endpoints)
+        if report.failed:
+            raise WeightSyncError("; ".join(report.failed.values()))
+
+    def close(self) -> None:
+        self._pusher.close()
+
+
+def measure_peak(call: Callable[[], None]) -> int:
+    """Bytes of resident memory that a call took beyond what was there before, at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    call()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argparse.Namespace) -> Table:
+    """The table of one set of servers."""
+    num_bytes = sum(tensor.nbytes for _, tensor in tensors)
+    bucket_bytes = arguments.bucket_mib * 2**20
+    plain = PlainBroadcast(len(endpoints), num_bytes)
+    with tempfile.TemporaryDirectory(dir=arguments.run_dir) as run_dir:
+
+        def make(path: str, *, verify_every: int = 0) -> Pushes:
+            settings = {"bucket_bytes": bucket_bytes, "verify_every": verify_every}
+            return Pushes(folder, Path(run_dir), tensors, endpoints, path, **settings)
+
+        ways: dict[str, PlainBroadcast | Pushes] = {
+            "plain broadcast": plain,
+            "distributed": make("distributed"),
+            "distributed + checksum": make("distributed", verify_every=1),
+            "tensor": make("tensor"),
+            "disk": make("disk"),
+        }
+        peaks = {name: measure_peak(way.run) for name, way in ways.items()}  # warms up as well
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(arguments.num_repeats):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way.run()
+                seconds[name].append(time.perf_counter() - start)
+        for way in ways.values():
+            way.close()
+    title = f"{len(endpoints)} server(s), {num_bytes / 1e6:.0f} MB, buckets of {arguments.bucket_mib} MiB"
+    table = Table(title=title)
+    for column in ("way", "seconds", "GB/s", "x plain", "peak extra, buckets"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    base = statistics.median(seconds["plain broadcast"])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        spread = f"{median:.2f} ({min(values):.2f} to {max(values):.2f})"
+        peak = "" if name == "plain broadcast" else f"{peaks[name] / bucket_bytes:.2f}"
+        table.add_row(name, spread, f"{num_bytes / median / 1e9:.2f}", f"{base / median:.2f}", peak)
+    return table
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--receive"]:
+        receive(*map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("endpoints", nargs="+")
+    parser.add_argument("--bucket-mib", type=int, default=32)
+    parser.add_argument("--num-repeats", type=int, default=7)
+    parser.add_argument(
+        "--run-dir", type=Path, help="where the disk path writes; default: a temporary folder"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = HfFolder(arguments.folder)
+    tensors = [(name, folder.get(name).clone()) for name in folder]
+    info = httpx.get(f"{arguments.endpoints[0]}/server_info", trust_env=False).json()
+    console = Console(width=110)
+    console.print(
+        f"torch {torch.__version__}, SGLang {info.get('version')}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+    )
+    for count in sorted({1, len(arguments.endpoints)}):
+        console.print(bench(arguments.folder, tensors, arguments.endpoints[:count], arguments))
+
+
+if __name__ == "__main__":
+    main()
