@@ -17,11 +17,14 @@ import stat
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
 
 from megatron_drpo.lifetime import die_with_parent
 
@@ -96,7 +99,7 @@ class _Proxy:
         self.port = port
 
     async def serve(self, host: str, port: int) -> int:
-        """Until the server ends; its exit code as a shell gives it."""
+        """Until the server ends; its exit code."""
         listener = await asyncio.start_server(self.handle, host, port, limit=2**30)
         async with listener:
             while (code := self.server.poll()) is None:
@@ -150,8 +153,12 @@ class _Proxy:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
             return False
-        number = signal.SIGKILL if plan.fault is Fault.kill else signal.SIGSTOP
-        os.killpg(self.server.pid, number)
+        server, *others = psutil.Process(self.server.pid).children(recursive=True)
+        if plan.fault is Fault.kill:
+            server.kill()
+        else:
+            for process in (server, *others):
+                process.suspend()
         return True
 
 
@@ -172,7 +179,7 @@ def _content_length(head: bytes) -> int:
 
 
 def _start_server(arguments: list[str], port: int) -> subprocess.Popen[bytes]:
-    """The real server on `port`, in a process group of its own, ended with this process."""
+    """The real server with its guard on `port`, in a process group of its own, ended with this process."""
     given = list(arguments)
     given[given.index("--port") + 1] = str(port)
     given[2] = str(os.getpid())  # -P script PARENT_PID ...
@@ -188,9 +195,10 @@ def main() -> int:
     server = _start_server(arguments, inner_port)
     proxy = _Proxy(Path(os.environ[_FOLDER]), server, inner_port)
     try:
-        return abs(asyncio.run(proxy.serve(host, int(port))))
+        return asyncio.run(proxy.serve(host, int(port)))
     finally:
-        os.killpg(server.pid, signal.SIGKILL) if server.poll() is None else None
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

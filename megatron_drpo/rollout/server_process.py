@@ -162,6 +162,8 @@ def _cpu_environment(tensor_parallel_size: int) -> dict[str, str]:
 def _start(
     command: list[str], environment: dict[str, str], log_path: Path, pass_fds: list[int] | None = None
 ) -> subprocess.Popen[bytes]:
+    # PYTHONWARNINGS: a trainer's filters are not for a server.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     with log_path.open("ab") as log:
         return subprocess.Popen(
             command,
@@ -169,6 +171,6 @@ def _start(
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=pass_fds or [],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            env={**inherited, "HF_HUB_OFFLINE": "1", **environment},
             start_new_session=True,  # Ctrl-C reaches the owner alone, which then ends its servers
         )
