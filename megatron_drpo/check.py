@@ -5,19 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_drpo.checkpoint import check_checkpoint
-from megatron_drpo.config import Advantage, Config, LogprobMode, Mode, Overlong
+from megatron_drpo.config import (
+    Advantage,
+    Config,
+    LogprobMode,
+    Mode,
+    Overlong,
+    PlatformName,
+    RolloutEngineName,
+)
 from megatron_drpo.data.jsonl import check_prompt_file
-from megatron_drpo.errors import CheckpointError, ModelError
+from megatron_drpo.errors import CheckpointError, ConfigError, ModelError
 from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
 from megatron_drpo.losses.objective import build_objective
-from megatron_drpo.losses.registry import check_loss
+from megatron_drpo.losses.registry import build_loss, check_loss
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.load_megatron import check_megatron_weights
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
+from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.model import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
 from megatron_drpo.rewards.functions import check_reward, needs_answer
+from megatron_drpo.rollout.conversation import load_rollout_function
+from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
 
 
@@ -36,6 +47,7 @@ def check_config(config: Config) -> list[str]:
     if config.train.mode is Mode.rl:
         problems += _check_objective(config, architecture)
         problems += _check_groups(config)
+        problems += _check_rollout(config)
         problems += check_reward(config.reward)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
         problems.append(f"checkpoint.load_path={config.checkpoint.load_path}: no such folder")
@@ -89,6 +101,34 @@ def _check_objective(config: Config, architecture: ArchitectureConfig | None) ->
             )
     except ModelError as error:
         problems.append(f"algorithm.kl.reference_path: {error}")
+    return problems
+
+
+def _check_rollout(config: Config) -> list[str]:
+    """Of the servers that the run starts, and of the user's function."""
+    rollout, problems = config.rollout, []
+    if rollout.function is not None:
+        try:
+            load_rollout_function(rollout.function)
+        except ConfigError as error:
+            problems.append(str(error))
+        if not check_loss(config.algorithm.loss) and build_loss(config.algorithm.loss).num_topk:
+            problems.append(
+                f"rollout.function={rollout.function}: algorithm.loss.name={config.algorithm.loss.name} needs "
+                "the most probable ids of every token, which inserted tokens do not have"
+            )
+    if rollout.engine is RolloutEngineName.sglang and starts_fleet(config):
+        if not Path(rollout.sglang.python).is_file():
+            problems.append(
+                f"rollout.sglang.python={rollout.sglang.python}: no such file; `make sglang-env` builds SGLang's "
+                "environment"
+            )
+        on_cpu = build_platform(config.platform).name is PlatformName.cpu
+        if rollout.deterministic and on_cpu:
+            problems.append(
+                "rollout.deterministic=True: SGLang's deterministic inference needs a GPU; take "
+                "rollout.engine=embedded, or rollout.deterministic=false"
+            )
     return problems
 
 

@@ -175,6 +175,9 @@ class RolloutConfig:
     """Steps by which sampling may be ahead of training. 0: synchronous. 1: the next step's batch is sampled
     while this one trains. n: up to n more batches are in flight, and no token is trained on that is more than
     n steps old."""
+    function: str | None = None
+    """`module:function`: an asynchronous function of a `Conversation` that makes each rollout of several
+    turns, see `rollout/conversation.py`; not given: one turn."""
     oversampling: float = 0.0
     """Share of further prompts in flight beyond what a step needs: it trains on the first groups to finish.
     The slowest are interrupted and go on from the tokens they have, in the next step: tokens may be one step
@@ -231,17 +234,21 @@ class RolloutConfig:
             yield f"rollout.top_k={self.top_k}: must be -1 (off) or at least 1"
         if self.endpoints and self.fleet_file is not None:
             yield "rollout.endpoints and rollout.fleet_file exclude each other: give one of them"
+        yield from self._deterministic_problems()
+        for section in (self.embedded, self.sglang, self.fleet):
+            yield from section.problems()
+
+    def _deterministic_problems(self) -> Problems:
+        if not self.deterministic:
+            return
+        if self.function is not None:
+            yield f"rollout.function={self.function}: rollout.deterministic=True samples single turns alone"
         for name in ("max_staleness", "oversampling"):
-            if self.deterministic and getattr(self, name):
+            if getattr(self, name):
                 yield (
                     f"rollout.{name}={getattr(self, name)}: rollout.deterministic=True needs 0, for what is "
                     "sampled would depend on time"
                 )
-        for url in self.endpoints:
-            if not url.startswith(("http://", "https://")):
-                yield f"rollout.endpoints: {url!r} must start with http:// or https://"
-        for section in (self.embedded, self.sglang, self.fleet):
-            yield from section.problems()
 
 
 # -------------------------------------------------------------------------------------------- reward

@@ -40,7 +40,8 @@ class WeightPublisher:
         """What a person should hear of the fleet, each once; on global rank 0."""
         if self._control is None:
             return []
-        messages, self._control.messages = self._control.messages, []
+        messages = list(self._control.messages)
+        self._control.messages.clear()
         return messages
 
     def wants_repair(self) -> bool:

@@ -63,7 +63,7 @@ def build_sequences(
         token_ids.split(lengths),
         tokens.split(tokens.spread(advantages.float())),
         tokens.split(tokens.logprobs()),
-        tokens.split(tokens.spread(kept)),
+        tokens.split(tokens.spread(kept) & tokens.sampled()),
         topk,
         strict=True,
     )
@@ -98,6 +98,8 @@ def _check_lengths(rollouts: Sequence[Rollout], num_topk: int) -> None:
             "rollout_logprobs": len(rollout.rollout_logprobs),
             "policy_versions": len(rollout.policy_versions),
         }
+        if rollout.response_mask is not None:
+            lengths["response_mask"] = len(rollout.response_mask)
         if num_topk:
             lengths["topk_ids"] = len(rollout.topk_ids or [])
             lengths["topk_logprobs"] = len(rollout.topk_logprobs or [])
@@ -146,6 +148,13 @@ class _ResponseTokens:
             (ids_N < 0) | (ids_N >= vocab_size),
             lambda n: f"the id {int(ids_N[n])} is not in 0..{vocab_size - 1}",
         )
+
+    def sampled(self) -> Bool[Tensor, " N"]:
+        """Where the policy sampled the token."""
+        masks = (
+            rollout.response_mask or repeat(True, len(rollout.response_ids)) for rollout in self._rollouts
+        )
+        return torch.tensor([*chain.from_iterable(masks)], dtype=torch.bool)
 
     def logprobs(self) -> Float[Tensor, " N"]:
         """float32, checked."""

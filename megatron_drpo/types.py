@@ -67,6 +67,8 @@ class Rollout:
     """[R][K] the engine's K most probable ids at each response token, if the loss asks for them."""
     topk_logprobs: list[list[float]] | None = None
     """[R][K] their log mu at the sampling temperature."""
+    response_mask: list[bool] | None = None
+    """[R] False where a token was inserted by `rollout.function`, not sampled; None: all were sampled."""
 
 
 @dataclass(slots=True, kw_only=True)

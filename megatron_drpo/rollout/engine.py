@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_drpo.config import RolloutConfig
-from megatron_drpo.errors import RolloutError
+from megatron_drpo.errors import DrpoError, RolloutError
 from megatron_drpo.rollout.client import SGLangClient, run_all
+from megatron_drpo.rollout.conversation import Conversation, RolloutFunction, load_rollout_function
 from megatron_drpo.rollout.event_loop import EventLoopThread
 from megatron_drpo.rollout.pool import ServerPool
 from megatron_drpo.rollout.sample import Sample, sample_seed_key
 from megatron_drpo.rollout.sampler import Sampler
-from megatron_drpo.types import Prompt, RolloutGroup
+from megatron_drpo.types import Prompt, Rollout, RolloutGroup
 
 _POLL_S = 0.1
 
@@ -72,6 +73,7 @@ class RolloutEngine:
         self._tokenizer = tokenizer
         self._stop_token_ids = sorted({*stop_token_ids, *config.stop_token_ids})
         self._seed = seed
+        self._function = None if config.function is None else load_rollout_function(config.function)
         self._loop = EventLoopThread("rollout")
         self._pool = ServerPool(config, self._build_client)
         self._sampler = Sampler(config, self._pool, vocab_size)
@@ -199,11 +201,36 @@ class RolloutEngine:
         self._num_unfinished += 1
         try:
             async with self._slots:
-                await self._sampler.complete(group, num_topk=num_topk)
+                if self._function is None:
+                    await self._sampler.complete(group, num_topk=num_topk)
+                    rollouts = [sample.rollout(self._decode) for sample in group]
+                else:
+                    rollouts = await run_all(self._converse(sample, self._function) for sample in group)
         finally:
             self._num_unfinished -= 1
         report(len(group))
-        return self._finish(group)
+        return RolloutGroup(prompt=group[0].prompt, rollouts=rollouts)
+
+    async def _converse(self, sample: Sample, function: RolloutFunction) -> Rollout:
+        """One rollout by the user's function."""
+        conversation = Conversation(
+            prompt=sample.prompt,
+            index=sample.index,
+            max_tokens=self._config.max_response_tokens,
+            policy_version=self._sampler.policy_version,
+            _sample=sample,
+            _complete=lambda turn: self._sampler.complete([turn]),
+        )
+        try:
+            await function(conversation)
+        except DrpoError:
+            raise
+        except Exception as error:
+            where = f"prompt {sample.prompt.id}, sample {sample.index}"
+            raise RolloutError(
+                f"rollout.function={self._config.function}: {where}: {type(error).__name__}: {error}"
+            ) from error
+        return conversation.rollout(self._decode)
 
     def _submit_closed_batch(
         self, groups: list[list[Sample]], num_topk: int, report: Callable[[int], None]
@@ -222,7 +249,8 @@ class RolloutEngine:
             await self._sampler.complete(samples, num_topk=num_topk, server=server)
             report(len(samples))
             for group, future in zip(groups, futures, strict=True):
-                future.set_result(self._finish(group))
+                rollouts = [sample.rollout(self._decode) for sample in group]
+                future.set_result(RolloutGroup(prompt=group[0].prompt, rollouts=rollouts))
 
         def fail(done: Future[None]) -> None:
             for future in futures:
@@ -233,12 +261,8 @@ class RolloutEngine:
         self._loop.submit(complete()).add_done_callback(fail)
         return futures
 
-    def _finish(self, group: list[Sample]) -> RolloutGroup:
-        texts = self._tokenizer.batch_decode([s.response_ids for s in group], skip_special_tokens=True)
-        return RolloutGroup(
-            prompt=group[0].prompt,
-            rollouts=[sample.rollout(text) for sample, text in zip(group, texts, strict=True)],
-        )
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.batch_decode([token_ids], skip_special_tokens=True)[0]
 
     def _build_client(self, endpoint: str) -> SGLangClient:
         return SGLangClient(endpoint, timeout_s=self._config.request_timeout_s, api_key=self._config.api_key)

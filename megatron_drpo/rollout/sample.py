@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from megatron_drpo.rollout.completion import Completion
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 
 T = TypeVar("T")
+Decode = Callable[[list[int]], str]
 _PROCESS_KEY = uuid.uuid4().hex[:8]
 """Replicas, and other runs at the same servers, have samples of the same names."""
 
@@ -31,6 +32,8 @@ class Sample:
     """What the sample's randomness depends on."""
     params: dict[str, Any]
     """SGLang's sampling_params of the whole response."""
+    context: Sequence[int] | None = None
+    """Tokens to go on from; the prompt's if not given."""
     segments: list[Completion] = field(default_factory=list)
     num_attempts: int = 0
     server: str | None = None
@@ -54,7 +57,10 @@ class Sample:
         seed_key = self.seed_key + (f"/segment{len(self.segments)}" if self.segments else "")
         return SampleRequest(
             rid=self.rid,
-            token_ids=[*self.prompt.token_ids, *_joined(s.token_ids for s in self.segments)],
+            token_ids=[
+                *(self.prompt.token_ids if self.context is None else self.context),
+                *_joined(s.token_ids for s in self.segments),
+            ],
             sampling_params={
                 **self.params,
                 "max_new_tokens": self.params["max_new_tokens"] - self.num_tokens,
@@ -69,29 +75,52 @@ class Sample:
             return
         self.segments.append(completion)
 
-    def rollout(self, text: str) -> Rollout:
-        """The finished response.
+    def next_turn(
+        self, response_ids: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]
+    ) -> Sample:
+        """A further turn of the same response, after the tokens that it has so far."""
+        turn = f"/turn{len(response_ids)}"
+        return Sample(
+            prompt=self.prompt,
+            index=self.index,
+            name=f"{self.name.partition('/')[0]}{turn}",
+            seed_key=f"{self.seed_key.partition('#')[0]}#{turn}",
+            params={
+                **self.params,
+                "max_new_tokens": max_tokens,
+                "stop_token_ids": [*self.params["stop_token_ids"], *stop_token_ids],
+            },
+            context=[*self.prompt.token_ids, *response_ids],
+            server=self.server,
+        )
 
-        Args:
-            text: the response decoded.
-        """
+    def completion(self) -> Completion:
+        """All that was sampled, as if by one request."""
         topk_ids = [s.topk_ids for s in self.segments if s.topk_ids is not None]
         topk_logprobs = [s.topk_logprobs for s in self.segments if s.topk_logprobs is not None]
+        return Completion(
+            _joined(s.token_ids for s in self.segments),
+            _joined(s.logprobs for s in self.segments),
+            _joined(s.policy_versions for s in self.segments),
+            self.segments[-1].finish_reason,
+            _joined(topk_ids) if topk_ids else None,
+            _joined(topk_logprobs) if topk_logprobs else None,
+        )
+
+    def rollout(self, decode: Decode) -> Rollout:
+        """The finished response."""
+        completion = self.completion()
         return Rollout(
             prompt=self.prompt,
             sample_index=self.index,
-            response_ids=self.response_ids,
-            rollout_logprobs=_joined(s.logprobs for s in self.segments),
-            policy_versions=_joined(s.policy_versions for s in self.segments),
-            finish_reason=self.segments[-1].finish_reason,
-            text=text,
-            topk_ids=_joined(topk_ids) if topk_ids else None,
-            topk_logprobs=_joined(topk_logprobs) if topk_logprobs else None,
+            response_ids=completion.token_ids,
+            rollout_logprobs=completion.logprobs,
+            policy_versions=completion.policy_versions,
+            finish_reason=completion.finish_reason,
+            text=decode(completion.token_ids),
+            topk_ids=completion.topk_ids,
+            topk_logprobs=completion.topk_logprobs,
         )
-
-    @property
-    def response_ids(self) -> list[int]:
-        return _joined(s.token_ids for s in self.segments)
 
 
 def _joined(parts: Iterable[list[T]]) -> list[T]:
