@@ -106,7 +106,8 @@ def _check_objective(config: Config, architecture: ArchitectureConfig | None) ->
 
 def _check_rollout(config: Config) -> list[str]:
     """Of the servers that the run starts, and of the user's function."""
-    rollout, problems = config.rollout, []
+    rollout = config.rollout
+    problems: list[str] = []
     if rollout.function is not None:
         try:
             load_rollout_function(rollout.function)
@@ -114,14 +115,14 @@ def _check_rollout(config: Config) -> list[str]:
             problems.append(str(error))
         if not check_loss(config.algorithm.loss) and build_loss(config.algorithm.loss).num_topk:
             problems.append(
-                f"rollout.function={rollout.function}: algorithm.loss.name={config.algorithm.loss.name} needs "
-                "the most probable ids of every token, which inserted tokens do not have"
+                f"rollout.function={rollout.function}: algorithm.loss.name={config.algorithm.loss.name} "
+                "needs the most probable ids of every token, which inserted tokens do not have"
             )
     if rollout.engine is RolloutEngineName.sglang and starts_fleet(config):
         if not Path(rollout.sglang.python).is_file():
             problems.append(
-                f"rollout.sglang.python={rollout.sglang.python}: no such file; `make sglang-env` builds SGLang's "
-                "environment"
+                f"rollout.sglang.python={rollout.sglang.python}: no such file; `make sglang-env` builds "
+                "SGLang's environment"
             )
         on_cpu = build_platform(config.platform).name is PlatformName.cpu
         if rollout.deterministic and on_cpu:
