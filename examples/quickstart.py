@@ -7,6 +7,7 @@
 4. `transformers` loads the exported model in a process of its own and must reach the same accuracy.
 
 `--shuffle-rewards` is the negative control: the same run with rewards permuted among the samples of a step.
+`--engine sglang` has a real SGLang server sample; on a model this small it takes longer than the embedded one.
 Ends with exit status 1 and the reasons if a target is missed.
 """
 
@@ -32,6 +33,14 @@ ROOT = Path(__file__).parents[1]
 HELD_OUT = "examples/data/arithmetic_held_out.jsonl"
 NUM_EXPORT_SAMPLES = 4
 """Per held-out prompt, as in the trainer's evaluation."""
+
+SGLANG_OVERRIDES = (
+    "rollout.engine=sglang",
+    "rollout.deterministic=false",  # on a CPU SGLang cannot be
+    "rollout.sglang.context_length=64",
+    "rollout.sglang.max_total_tokens=65536",
+    "rollout.startup_timeout_s=300",
+)
 
 MAX_ACCURACY_BEFORE = 0.4
 MIN_ACCURACY_AFTER = 0.9
@@ -59,17 +68,23 @@ class Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shuffle-rewards", action="store_true", help="the negative control")
+    parser.add_argument(
+        "--engine", choices=["embedded", "sglang"], default="embedded", help="sglang: after `make sglang-env`"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and sampling")
     arguments = parser.parse_args()
     started = time.monotonic()
-    folder = Path("runs") / ("quickstart_shuffled" if arguments.shuffle_rewards else "quickstart")
-    outcome = run(folder, seed=arguments.seed, shuffle_rewards=arguments.shuffle_rewards)
+    name = "quickstart" + ("_shuffled" if arguments.shuffle_rewards else "")
+    folder = Path("runs") / (name if arguments.engine == "embedded" else f"{name}_{arguments.engine}")
+    outcome = run(
+        folder, seed=arguments.seed, shuffle_rewards=arguments.shuffle_rewards, engine=arguments.engine
+    )
     problems = find_problems(outcome, is_control=arguments.shuffle_rewards)
     show(outcome, folder / "rl", problems, seconds=time.monotonic() - started)
     return 1 if problems else 0
 
 
-def run(folder: Path, *, seed: int, shuffle_rewards: bool) -> Outcome:
+def run(folder: Path, *, seed: int, shuffle_rewards: bool, engine: str) -> Outcome:
     """All four stages; `folder` is made anew."""
     shutil.rmtree(ROOT / folder, ignore_errors=True)
     title(1, "random weights")
@@ -91,6 +106,7 @@ def run(folder: Path, *, seed: int, shuffle_rewards: bool) -> Outcome:
         seed,
         f"policy.model_path={folder}/warm_start/hf",
         f"reward.shuffle={str(shuffle_rewards).lower()}",
+        *(SGLANG_OVERRIDES if engine == "sglang" else ()),
     )
     title(4, "the export, loaded by transformers")
     report = python(
