@@ -7,7 +7,7 @@
 4. `transformers` loads the exported model in a process of its own and must reach the same accuracy.
 
 `--shuffle-rewards` is the negative control: the same run with rewards permuted among the samples of a step.
-`--engine sglang` has a real SGLang server sample; on a model this small it takes longer than the embedded one.
+`--engine sglang` has a real SGLang server sample; on a model this small it is slower than the embedded one.
 Ends with exit status 1 and the reasons if a target is missed.
 """
 

@@ -16,6 +16,7 @@ from megatron_drpo.rollout.fleet_state import FLEET_FILE, FleetState, ServerStat
 from megatron_drpo.rollout.server_process import ServerProcess, StartServer
 
 _POLL_S = 0.1
+_START_POLL_S = 0.5
 
 
 class Fleet:
@@ -197,7 +198,7 @@ class _Keeper:
     def _wait_until_up(self, server: ServerProcess) -> str:
         limit_s = self._config.startup_timeout_s
         deadline = time.monotonic() + limit_s
-        while not self._stopping.wait(_POLL_S):
+        while not self._stopping.wait(_START_POLL_S):
             if (code := server.exit_code()) is not None:
                 return f"died, exit code {code}"
             remaining = deadline - time.monotonic()
