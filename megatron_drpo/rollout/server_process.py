@@ -145,7 +145,8 @@ def _given(flag: str, value: int | None) -> list[str]:
 def _cpu_arguments() -> list[str]:
     return [
         *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--max-running-requests", "512"),
+        # Idle processes that spin would take the cores from the trainer.
+        *("--max-running-requests", "512", "--sleep-on-idle"),
     ]
 
 

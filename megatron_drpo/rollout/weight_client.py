@@ -43,11 +43,15 @@ class WeightClient(SGLangClient):
 
     async def read_info(self) -> ServerInfo:
         """The server's start-up arguments."""
-        info = await self.server_info()
+        return self.parse_info(await self.server_info(), self.endpoint)
+
+    @staticmethod
+    def parse_info(info: Mapping[str, Any], endpoint: str) -> ServerInfo:
+        """What a weight update must know of an answer of /server_info."""
         return ServerInfo(
             frontend=str(info.get("frontend", "python")),
             version=str(info.get("version", "unknown")),
-            tp_size=int(answer_field(info, "tp_size", f"{self.endpoint}/server_info")),
+            tp_size=int(answer_field(info, "tp_size", f"{endpoint}/server_info")),
             device=str(info.get("device", "cpu")),
             dtype=str(info.get("dtype", "auto")),
             arguments=info,

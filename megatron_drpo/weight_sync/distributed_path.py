@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.weight_sync.bucket import Bucket
-from megatron_drpo.weight_sync.group import BroadcastGroup, join_group, wait_for
-from megatron_drpo.weight_sync.path import Failures, Server, attempt, begin, end
+from megatron_drpo.weight_sync.group import BroadcastGroup, join_group
+from megatron_drpo.weight_sync.path import Failures, Server, begin, end
 
 _CLOSE_S = 5.0
 """How long closing waits for servers to leave their groups."""
@@ -34,6 +34,8 @@ class DistributedPath:
         self._timeout_s = timeout_s
         self._version = ""
         self._groups: list[BroadcastGroup] = []
+        self._answers: dict[BroadcastGroup, list[asyncio.Future[None]]] = {}
+        """To requests under way, in order."""
 
     async def open(self, servers: Sequence[Server], version: str) -> Failures:
         self._version = version
@@ -55,9 +57,10 @@ class DistributedPath:
         return failures
 
     async def send(self, servers: Sequence[Server], bucket: Bucket) -> Failures:
-        async def send(group: BroadcastGroup) -> None:
-            work = group.start_broadcast(bucket.data)
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes]
+        shapes = [list(shape) for shape in bucket.shapes]
 
+        async def send(group: BroadcastGroup) -> None:
             async def receive(server: Server) -> None:
                 await server.client.update_weights_from_distributed(
                     names=bucket.names,
@@ -67,17 +70,31 @@ class DistributedPath:
                     weight_version=self._version if bucket.is_last else None,
                 )
 
-            failures = await attempt(group.servers, receive)
-            if failures:
-                raise RolloutError("; ".join(failures.values()))
-            await wait_for(work, self._timeout_s)
+            work = group.start_broadcast(bucket.data)
+            answers = [
+                *self._answers.pop(group, []),
+                *(asyncio.ensure_future(receive(server)) for server in group.servers),
+            ]
+            self._answers[group] = answers
+            await group.wait(work, answers)
+            if len(group.servers) > 1:
+                await self._collect(group)
 
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes]
-        shapes = [list(shape) for shape in bucket.shapes]
         return await self._at_groups(servers, send)
 
     async def finish(self, servers: Sequence[Server]) -> Failures:
-        return await end(servers)
+        failures = await self._at_groups(servers, self._collect)
+        return failures | await end([server for server in servers if server.endpoint not in failures])
+
+    async def _collect(self, group: BroadcastGroup) -> None:
+        """Wait for the answers to the buckets that were sent.
+
+        A single server loads one bucket and answers while the next is on its way: a broadcast has left only
+        when the server was receiving it, so its request cannot be overtaken by the next one. In a larger
+        group that holds for the first receiver alone, so there every bucket is waited for.
+        """
+        for answer in self._answers.pop(group, []):
+            await answer
 
     async def discard(self, endpoints: Sequence[str]) -> None:
         for group in list(self._groups):
@@ -131,6 +148,9 @@ class DistributedPath:
 
     def _drop(self, group: BroadcastGroup) -> None:
         self._groups.remove(group)
+        for answer in self._answers.pop(group, []):
+            answer.cancel()
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
         group.drop()
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -28,8 +29,8 @@ _NUM_ATTEMPTS = 3
 _HANDSHAKE_S = 30.0
 """Limit of one attempt. On two busy cores a handshake takes about a second; one that has not met by now never
 does, but the next one does."""
-_FIRST_POLL_S = 0.0005
-_LAST_POLL_S = 0.01
+_POLL_S = 0.001
+_KEEP_POLL_S = 0.1
 
 
 class BroadcastGroup:
@@ -40,54 +41,65 @@ class BroadcastGroup:
     ) -> None:
         self.servers = tuple(servers)
         self.name = name
-        self._backend = backend
+        self._backend: Any = backend
         self._store = store
         self._timeout_s = timeout_s
+        self._work: dist.Work | None = None
+        """The last broadcast."""
 
     @property
     def endpoints(self) -> frozenset[str]:
         return frozenset(server.endpoint for server in self.servers)
 
     def start_broadcast(self, data: torch.Tensor) -> dist.Work:
-        """Begin to send a uint8 buffer to all ranks; see `wait_for`."""
+        """Begin to send a uint8 buffer to all ranks; see `wait`."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = timedelta(seconds=self._timeout_s)
-        if not data.is_cuda:
-            return self._backend.broadcast([data], options)
-        with torch.cuda.device(data.device):  # the current device belongs to the thread
-            return self._backend.broadcast([data], options)
+        # The current device belongs to the thread.
+        with torch.cuda.device(data.device) if data.is_cuda else nullcontext():
+            work: dist.Work = self._backend.broadcast([data], options)
+        self._work = work
+        return work
+
+    async def wait(self, work: dist.Work, watched: Sequence[asyncio.Future[None]]) -> None:
+        """Until a broadcast has left this process; its buffer is free then.
+
+        Args:
+            watched: answers of the receivers; one that fails ends the wait with its error.
+
+        Raises:
+            RolloutError: a receiver's, or the broadcast failed, or did not finish in time.
+        """
+        names = ", ".join(sorted(self.endpoints))
+        deadline = time.monotonic() + self._timeout_s
+        while not work.is_completed():
+            for answer in watched:
+                if answer.done():
+                    answer.result()
+            if time.monotonic() > deadline:
+                raise WeightSyncError(f"{names}: a broadcast did not finish within {self._timeout_s:g} s")
+            await asyncio.sleep(_POLL_S)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise WeightSyncError(f"{names}: a broadcast failed: {error}") from error
 
     def drop(self) -> None:
-        """Let go of the group, in the background: one with a dead rank waits for it until its time limit."""
-        held: list[Any] = [self._backend, self._store]
-        del self._backend, self._store
+        """Let go of the group. One whose last broadcast hangs is kept, by a thread, until that has given up:
+        its end would wait for it, and the exit of the process must not find it ending."""
+        work, backend = self._work, self._backend
+        self._work = self._backend = None
+        if work is None or work.is_completed():
+            return
+        if backend.name() == "nccl":
+            backend.abort()
 
-        def release() -> None:
-            if held[0].name() == "nccl":
-                held[0].abort()
-            held.clear()
+        def keep(work: dist.Work, backend: Any) -> None:
+            while not work.is_completed():
+                time.sleep(_KEEP_POLL_S)
 
-        threading.Thread(target=release, name="drop weight group", daemon=True).start()
-
-
-async def wait_for(work: dist.Work, timeout_s: float) -> None:
-    """Until a broadcast has left this process; its buffer is free then.
-
-    Raises:
-        WeightSyncError: it failed, or did not finish in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    delay = _FIRST_POLL_S
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise WeightSyncError(f"the broadcast did not finish within {timeout_s:g} s")
-        await asyncio.sleep(delay)
-        delay = min(2 * delay, _LAST_POLL_S)
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise WeightSyncError(f"the broadcast failed: {error}") from error
+        threading.Thread(target=keep, args=(work, backend), name="drop weight group", daemon=True).start()
 
 
 async def join_group(
@@ -183,7 +195,7 @@ def _make_backend(store: dist.Store, backend: str, world_size: int, handshake_s:
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, 0, world_size, timeout=timedelta(seconds=handshake_s))
     options = dist.ProcessGroupNCCL.Options()
-    # NCCL's watchdog ends the process when a broadcast exceeds this; `wait_for` gives up long before.
+    # NCCL's watchdog ends the process when a broadcast exceeds this; `wait` gives up long before.
     options._timeout = timedelta(days=1)
     return dist.ProcessGroupNCCL(store, 0, world_size, options)
 

@@ -115,8 +115,7 @@ class WeightPusher:
         return PushReport(updated, update.failed, notes)
 
     def close(self) -> None:
-        """Leave the groups and close the connections; a dead server is not waited for. Harmless if
-        repeated."""
+        """Leave the groups and close the connections, without waiting for dead servers; repeatable."""
         if self._loop.is_stopped:
             return
 

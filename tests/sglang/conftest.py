@@ -74,6 +74,20 @@ def start_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartFleet
 
 
 @pytest.fixture(scope="session")
-def moe_server(start_fleet: StartFleet, hf_model: Callable[[str], Path]) -> str:
-    """The endpoint of a server of the model `moe_renormalised`; tests leave its weights as they please."""
-    return start_fleet(hf_model("moe_renormalised")).endpoints[0]
+def sglang_server(start_fleet: StartFleet) -> Callable[..., str]:
+    """`sglang_server(model_path, tp=1)`: an endpoint, the same one for the same arguments; tests leave its
+    weights as they please."""
+    running: dict[tuple[Path, int], str] = {}
+
+    def start(model_path: Path, tp: int = 1) -> str:
+        if (model_path, tp) not in running:
+            running[model_path, tp] = start_fleet(model_path, tp=tp).endpoints[0]
+        return running[model_path, tp]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def moe_server(sglang_server: Callable[..., str], hf_model: Callable[[str], Path]) -> str:
+    """The endpoint of a server of the model `moe_renormalised`."""
+    return sglang_server(hf_model("moe_renormalised"))

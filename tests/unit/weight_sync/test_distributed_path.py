@@ -1,5 +1,4 @@
-"""Broadcasts to stand-ins for SGLang that join gloo groups: groups are kept, and a broken one is let go
-of."""
+"""Broadcasts to stand-ins for SGLang that join gloo groups: groups are kept, and a broken one is dropped."""
 
 from __future__ import annotations
 
@@ -80,14 +79,14 @@ def test_a_server_that_stops_receiving_holds_nobody_up(
 ) -> None:
     """Neither the other server, nor the pusher's end; the next update joins it anew."""
     bad, good = make_stand_in(), make_stand_in()
-    pusher = make_pusher(timeout_s=1.0)
+    pusher = make_pusher(timeout_s=2.0)
     assert pusher.push(new.items(), 1, [bad.endpoint, good.endpoint]).failed == {}
     bad.faults[UPDATE] = fault
     stream = iter(new.items())
     report = pusher.push(stream, 2, [bad.endpoint, good.endpoint])
     assert next(stream, None) is None
     assert report.updated == [good.endpoint]
-    assert report.failed[bad.endpoint].startswith(f"{bad.endpoint}{UPDATE}: ")
+    assert report.failed[bad.endpoint].startswith(bad.endpoint)
     assert bad.asked[-1] == UPDATE
     good.received.clear()
     bad.faults.clear()

@@ -26,9 +26,16 @@ def sha(tensor: torch.Tensor) -> str:
 
 
 def info(**arguments: Any) -> ServerInfo:
-    fields = {"frontend": "python", "version": "0.5.23", "tp_size": 1, "device": "cpu", "dtype": "float32"}
+    fields: dict[str, Any] = {
+        "frontend": "python",
+        "version": "0.5.23",
+        "tp_size": 1,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     own = {key: arguments.pop(key) for key in list(arguments) if key in fields}
-    return ServerInfo(**{**fields, **own}, arguments=arguments)
+    fields |= own
+    return ServerInfo(**fields, arguments=arguments)
 
 
 def shards(tensor: torch.Tensor, tp_size: int, dim: int) -> list[torch.Tensor]:
@@ -59,7 +66,8 @@ def test_checksums_by_hand(hf_model: Callable[[str], Path], name: str, tp_size: 
     expected["input_layernorm.weight"] = [tensors[f"{prefix}input_layernorm.weight"]] * tp_size
     missing = 32 if tp_size == 2 else 0
     if name == "moe_mixed":
-        w13, w2 = [], []
+        w13: list[list[torch.Tensor]] = []
+        w2: list[list[torch.Tensor]] = []
         for e in range(8):
             mlp = [tensors[f"{prefix}mlp.experts.{e}.{part}_proj.weight"] for part in ("gate", "up", "down")]
             gate, up = (shards(pad(part, (0, 0, 0, missing)), tp_size, 0) for part in mlp[:2])

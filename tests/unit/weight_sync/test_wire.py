@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import os
 import pickle
 import pickletools
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing import reductions
 
 from megatron_drpo.errors import WeightSyncError
-from megatron_drpo.weight_sync.wire import decode_bucket, encode_bucket
+from megatron_drpo.weight_sync.wire import (
+    decode_bucket,
+    encode_bucket,
+    encode_cuda_handles,
+    with_device_uuid,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float8_e4m3fn]
 
@@ -131,3 +142,37 @@ def test_damaged_payloads_are_errors_of_ours() -> None:
     assert num_refused > 100
     with pytest.raises(WeightSyncError, match="cannot be read"):
         decode_bucket("no base64!")
+
+
+def test_handles_name_the_gpu_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the seventh argument of torch's rebuild_cuda_tensor; the others stay."""
+    assert list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)[6] == "storage_device"
+    properties = SimpleNamespace(uuid=UUID(int=5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: properties}.__getitem__)
+    assert with_device_uuid((*"abcdef", 3, "h", "i")) == (*"abcdef", str(UUID(int=5)), "h", "i")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_handles_map_the_senders_memory() -> None:
+    """Another process sees the values, without a copy: also those written after the handles were made."""
+    data = torch.arange(8, dtype=torch.float32, device="cuda")
+    payload = encode_cuda_handles([("w", data[2:6].view(2, 2))])
+    data.mul_(2)
+    torch.cuda.synchronize()
+    code = (
+        "import base64, pickle, sys, torch\n"
+        "from torch.multiprocessing import reductions\n"
+        "original = reductions.rebuild_cuda_tensor\n"
+        "def by_uuid(*arguments):\n"
+        "    assert arguments[6] == str(torch.cuda.get_device_properties(0).uuid)\n"
+        "    return original(*arguments[:6], 0, *arguments[7:])\n"
+        "reductions.rebuild_cuda_tensor = by_uuid\n"
+        "[(name, tensor)] = pickle.loads(base64.b64decode(sys.stdin.read()))\n"
+        "print(name, tensor.tolist())\n"
+        "del tensor\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], input=payload, capture_output=True, check=True
+    ).stdout
+    assert output.decode().strip() == "w [[4.0, 6.0], [8.0, 10.0]]"
