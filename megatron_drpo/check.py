@@ -7,12 +7,14 @@ from pathlib import Path
 from megatron_drpo.checkpoint import check_checkpoint
 from megatron_drpo.config import (
     Advantage,
+    Anchor,
     Config,
     LogprobMode,
     Mode,
     Overlong,
     PlatformName,
     RolloutEngineName,
+    RoutingReplay,
 )
 from megatron_drpo.data.jsonl import check_prompt_file
 from megatron_drpo.errors import CheckpointError, ConfigError, ModelError
@@ -49,6 +51,7 @@ def check_config(config: Config) -> list[str]:
         problems += _check_groups(config)
         problems += _check_rollout(config)
         problems += check_reward(config.reward)
+    problems += _check_replay(config, architecture)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
         problems.append(f"checkpoint.load_path={config.checkpoint.load_path}: no such folder")
     elif architecture is not None:
@@ -101,6 +104,26 @@ def _check_objective(config: Config, architecture: ArchitectureConfig | None) ->
             )
     except ModelError as error:
         problems.append(f"algorithm.kl.reference_path: {error}")
+    return problems
+
+
+def _check_replay(config: Config, architecture: ArchitectureConfig | None) -> list[str]:
+    """Of policy.routing_replay."""
+    replay = config.policy.routing_replay
+    key = f"policy.routing_replay={replay}"
+    problems: list[str] = []
+    if replay is RoutingReplay.none:
+        return []
+    if config.train.mode is Mode.sft:
+        problems.append(f"{key}: train.mode=sft has no pass whose routes could be replayed")
+    if architecture is not None and architecture.moe is None:
+        problems.append(f"{key}: the model of policy.model_path has no experts")
+    if replay is RoutingReplay.recomputed and config.algorithm.anchor is not Anchor.recomputed:
+        problems.append(f"{key} needs algorithm.anchor=recomputed: it replays that pass")
+    if replay is RoutingReplay.rollout and config.rollout.engine is RolloutEngineName.embedded:
+        problems.append(f"{key} needs rollout.engine=sglang: the embedded server does not report experts")
+    if config.policy.megatron_overrides.get("moe_router_fusion"):
+        problems.append(f"{key}: policy.megatron_overrides.moe_router_fusion must be off, it asks nobody")
     return problems
 
 

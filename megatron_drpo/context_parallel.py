@@ -66,7 +66,7 @@ def split_context_parallel(micro_batch: MicroBatch, rank: int, size: int) -> Mic
     local: dict[str, Any] = {}
     for field in dataclasses.fields(micro_batch):
         value = getattr(micro_batch, field.name)
-        if field.name.endswith(("_T", "_TK")) and value is not None:
+        if field.name.endswith(("_T", "_TK", "_TMK")) and value is not None:
             local[field.name] = value[positions]
     return dataclasses.replace(micro_batch, **local)
 

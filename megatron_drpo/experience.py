@@ -29,6 +29,7 @@ from megatron_drpo.rewards.overlong import compute_overlong
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
 from megatron_drpo.rollout.stream import GroupStream
+from megatron_drpo.routes import RouteCheck
 from megatron_drpo.sequences import build_sequences, describe_prompt
 from megatron_drpo.types import FinishReason, Prompt, RolloutGroup, TrainSequence
 
@@ -59,6 +60,8 @@ class SampleStatistics:
     staleness_sum: float = 0.0
     """Of all response tokens: policy versions between sampling and training."""
     staleness_max: float = 0.0
+    num_fallback_sequences: float = 0.0
+    """Whose routes could not be replayed."""
 
 
 MAXIMA = ("length_max", "num_rounds", "staleness_max")
@@ -165,6 +168,7 @@ class RolloutExperience:
         wait_until: WaitUntil,
         agree: Callable[[int], int],
         sum_over_replicas: Callable[[torch.Tensor], torch.Tensor],
+        route_check: RouteCheck | None = None,
     ) -> None:
         """
         Args:
@@ -174,8 +178,10 @@ class RolloutExperience:
             agree: the maximum of a number over all replicas; a collective among their leaders, who take part
                 in others' waiting meanwhile.
             sum_over_replicas: the sum of a tensor over all replicas; a plain collective among their leaders.
+            route_check: of the experts that the update is to replay; None: it does not.
         """
         self._config = config
+        self._route_check = route_check
         self._share = share
         self._engine = engine
         self._rewards = rewards
@@ -290,7 +296,10 @@ class RolloutExperience:
             overlong.left_out,
             vocab_size=self._vocab_size,
             num_topk=self._num_topk,
+            route_check=self._route_check,
         )
+        if self._route_check is not None:
+            statistics.num_fallback_sequences = sum(sequence.routes is None for sequence in sequences)
         shown = itertools.islice(
             zip(rollouts, rewards, advantages.tolist(), strict=True), self._config.metrics.num_rollouts_dumped
         )

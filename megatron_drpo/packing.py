@@ -121,6 +121,7 @@ def pack(
         topk["topk_ids_TK"] = of_responses(torch.int64, [s.topk_ids for s in sequences], num_topk)
         logprobs = [s.topk_logprobs for s in sequences]
         topk["topk_logprobs_TK"] = of_responses(torch.float32, logprobs, num_topk)
+    routes = _pack_routes(sequences, layout) if any(s.routes is not None for s in sequences) else {}
     return MicroBatch(
         token_ids_T=token_ids_T,
         position_ids_T=layout.position_ids_T,
@@ -136,7 +137,22 @@ def pack(
         prompt_lengths=[s.prompt_length for s in sequences],
         response_lengths=[len(s) - s.prompt_length for s in sequences],
         **topk,
+        **routes,
     )
+
+
+def _pack_routes(sequences: Sequence[TrainSequence], layout: _Layout) -> dict[str, Tensor]:
+    """`routes_TMK` and `has_routes_T`; zeros where there are none."""
+    num_tokens = len(layout.position_ids_T)
+    present = next(s.routes for s in sequences if s.routes is not None)
+    routes_TMK = present.new_zeros(num_tokens, *present.shape[1:])
+    has_routes_T = torch.zeros(num_tokens, dtype=torch.bool)
+    for start, sequence in zip(layout.cu_seqlens.tolist(), sequences, strict=False):
+        if sequence.routes is not None:
+            part = slice(start, start + len(sequence.routes))
+            routes_TMK[part] = sequence.routes
+            has_routes_T[part] = True
+    return {"routes_TMK": routes_TMK, "has_routes_T": has_routes_T}
 
 
 def _check_sequence(sequence: TrainSequence, num_topk: int) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from megatron_drpo.errors import DataError, RewardError
+from megatron_drpo.routes import RouteCheck
 from megatron_drpo.types import Prompt, Rollout, TrainSequence
 
 MAX_LOGPROB = 1e-3
@@ -29,6 +30,7 @@ def build_sequences(
     *,
     vocab_size: int,
     num_topk: int = 0,
+    route_check: RouteCheck | None = None,
 ) -> list[TrainSequence]:
     """One training sequence per rollout; every response token gets its sample's advantage.
 
@@ -40,6 +42,7 @@ def build_sequences(
         left_out: where True, no token of the rollout has a loss.
         vocab_size: token ids must be below it.
         num_topk: K; the rollouts must have that many ids per token. 0: sequences without top-k.
+        route_check: the rollouts must have routes that pass it; None: sequences without routes.
 
     Raises:
         RewardError: an advantage that is not finite.
@@ -77,6 +80,7 @@ def build_sequences(
             loss_mask=mask_R,
             topk_ids=topk_R[0],
             topk_logprobs=topk_R[1],
+            routes=None if route_check is None else route_check.check(number, rollouts[number]),
         )
         for number, (ids_L, advantages_R, logprobs_R, mask_R, topk_R) in enumerate(columns)
         if len(mask_R) > 0

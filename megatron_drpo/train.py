@@ -13,7 +13,7 @@ from rich.table import Table
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.collective_wait import CollectiveWait, completes
-from megatron_drpo.config import Config, Mode
+from megatron_drpo.config import Config, Mode, RoutingReplay
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -31,14 +31,17 @@ from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.report import write_report
 from megatron_drpo.metrics.rollout_dump import write_index
 from megatron_drpo.metrics.writer import MetricsWriter
+from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.platform import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.publish import WeightPublisher
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
+from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.weight_sync.control import FleetControl
 from megatron_drpo.weight_sync.push import WeightPusher
@@ -100,9 +103,23 @@ def _build_engine(config: Config, policy: Policy, stack: ExitStack) -> RolloutEn
         stop_token_ids=read_stop_token_ids(config.policy.model_path, tokenizer),
         vocab_size=policy.architecture.vocab_size,
         seed=config.seed,
+        route_shape=_route_shape(config, policy.architecture),
     )
     stack.callback(engine.close)
     return engine
+
+
+def _route_shape(config: Config, architecture: ArchitectureConfig) -> RouteShape | None:
+    """Of the experts that servers are to report; None if they are not needed."""
+    moe = architecture.moe
+    if config.policy.routing_replay is not RoutingReplay.rollout or moe is None:
+        return None
+    return RouteShape(
+        moe_layers=tuple(i for i in range(architecture.num_layers) if architecture.is_moe_layer(i)),
+        num_layers=architecture.num_layers,
+        num_experts=moe.num_experts,
+        num_experts_per_token=moe.num_experts_per_token,
+    )
 
 
 def _build_publisher(
@@ -156,6 +173,7 @@ def _build_leader(
         wait_until=wait.until,
         agree=lambda value: _maximum(parallel, value, wait),
         sum_over_replicas=lambda values: _gather(parallel, values).sum(0),
+        route_check=_route_check(config, policy.architecture),
     )
     return share, experience, evaluator
 
@@ -166,6 +184,13 @@ def _gather(parallel: ParallelState, values: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(values) for _ in range(parallel.data_size)]
     torch.distributed.all_gather(gathered, values, group=parallel.data_group)
     return torch.stack(gathered).cpu()
+
+
+def _route_check(config: Config, architecture: ArchitectureConfig) -> RouteCheck | None:
+    shape = _route_shape(config, architecture)
+    if shape is None:
+        return None
+    return RouteCheck(num_experts=shape.num_experts, on_bad=config.policy.on_bad_routes)
 
 
 def _maximum(parallel: ParallelState, value: int, wait: CollectiveWait) -> int:

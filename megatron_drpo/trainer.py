@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.collective_wait import CollectiveWait
-from megatron_drpo.config import Config, Mode
+from megatron_drpo.config import Config, Mode, RoutingReplay
 from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
 from megatron_drpo.experience import (
@@ -245,6 +245,8 @@ class Trainer:
             metrics["reward/std"] = math.sqrt(max(total.reward_square_sum / count - mean * mean, 0.0))
             metrics["rollout/staleness_mean"] = total.staleness_sum / max(total.num_response_tokens, 1)
             metrics["rollout/staleness_max"] = total.staleness_max
+            if self.config.policy.routing_replay is RoutingReplay.rollout:
+                metrics["routing/fallback_share"] = total.num_fallback_sequences / count
             if self.config.algorithm.dynamic_sampling.enabled:
                 metrics["rollout/num_rounds"] = total.num_rounds
                 metrics["rollout/groups_dropped_share"] = total.num_groups_dropped / max(total.num_groups, 1)
@@ -273,6 +275,10 @@ class Trainer:
             "optimizer/grad_norm": sum(update.grad_norm for update in updates) / len(updates),
             "optimizer/lr": updates[-1].lr,
         }
+        num_choices = sum(update.agreement.num_choices for update in updates)
+        if num_choices:
+            num_equal = sum(update.agreement.num_equal for update in updates)
+            metrics["routing/agreement"] = num_equal / num_choices
         details = summarise(diagnostics)
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}

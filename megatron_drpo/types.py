@@ -3,7 +3,8 @@
 Dimensions used in names and comments:
     P  prompts of one step         G  samples of one prompt (a group)
     R  sampled response tokens     L  tokens of one sequence (prompt + response)
-    K  most probable ids per response token, where the loss asks for them
+    K  most probable ids per response token, where the loss asks for them; or experts per token
+    M  mixture-of-experts layers
     T  packed tokens of one micro-batch, padding included
     S  packed sequences of one micro-batch, the padding sequence included
 """
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # reward workers import this module: it must stay light
     import torch
     from jaxtyping import Bool, Float, Int
+
+    Routes = Int[torch.Tensor, "_ M K"]
+    """uint8 for up to 256 experts, else int16: for long responses of deep models they are gigabytes."""
 
 
 class FinishReason(StrEnum):
@@ -67,6 +71,8 @@ class Rollout:
     """[R][K] the engine's K most probable ids at each response token, if the loss asks for them."""
     topk_logprobs: list[list[float]] | None = None
     """[R][K] their log mu at the sampling temperature."""
+    routes: Routes | None = None
+    """[L-1][M][K] the experts that the server chose, if they were asked for; the last token was never fed."""
     response_mask: list[bool] | None = None
     """[R] False where a token was inserted by `rollout.function`, not sampled; None: all were sampled."""
 
@@ -99,6 +105,8 @@ class TrainSequence:
     """int64, see `Rollout`; on all sequences of a step or on none."""
     topk_logprobs: Float[torch.Tensor, "R K"] | None = None
     """float32."""
+    routes: Routes | None = None
+    """[L-1, M, K] checked, see `Rollout`; None: the router chooses."""
 
     def __len__(self) -> int:
         return int(self.token_ids.numel())
@@ -137,6 +145,10 @@ class MicroBatch:
     topk_ids_TK: Int[torch.Tensor, "T K"] | None = None
     """int64; 0 where nothing was sampled."""
     topk_logprobs_TK: Float[torch.Tensor, "T K"] | None = None
+    routes_TMK: Int[torch.Tensor, "T M K"] | None = None
+    """uint8 or int16: experts to take instead of the router's choice (policy.routing_replay=rollout)."""
+    has_routes_T: Bool[torch.Tensor, " T"] | None = None
+    """Where to: not for padding, a sequence's last token, and sequences without routes."""
     old_logprobs_T: Float[torch.Tensor, " T"] | None = None
     """The trainer's own logprobs before the step's first update (anchor=recomputed), on the last stage."""
     ref_logprobs_T: Float[torch.Tensor, " T"] | None = None

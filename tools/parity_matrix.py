@@ -139,7 +139,7 @@ def _run_case(policy: Any, case: Case, folder: Path, sequences: list[Any]) -> di
     if algorithm.anchor is Anchor.recomputed:
         # The policy has not been updated, so its own logprobs would make every ratio 1.
         micro_batches = [replace(m, old_logprobs_T=m.ref_logprobs_T) for m in micro_batches]
-    loss, diagnostics = policy.reduce(policy.forward_backward(micro_batches))
+    loss, diagnostics, _ = policy.reduce(policy.forward_backward(micro_batches))
     return {"loss": loss, "gradients": gather_gradients(policy), "metrics": summarise(diagnostics)}
 
 

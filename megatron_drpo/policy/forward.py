@@ -27,6 +27,7 @@ from megatron_drpo.policy.logprobs import (
 )
 from megatron_drpo.policy.model import PolicyModel, unwrap
 from megatron_drpo.policy.parallel import ParallelState
+from megatron_drpo.policy.routing_replay import ReplaySource, RoutingReplay
 from megatron_drpo.types import MicroBatch
 
 
@@ -39,6 +40,9 @@ class ForwardSettings:
     sequence_parallel: bool
     one_pass: bool
     """The LM head's gradients are formed in the forward pass."""
+    replay: RoutingReplay | None = None
+    """Of the policy's routers, where routes are replayed or recorded."""
+    replay_source: ReplaySource = ReplaySource.none
 
 
 def packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
@@ -62,6 +66,16 @@ def run_model(micro_batch: MicroBatch, module: torch.nn.Module) -> torch.Tensor:
         packed_seq_params=packed_seq_params(micro_batch),
         **kwargs,
     )
+
+
+def run_routed_model(
+    micro_batch: MicroBatch, module: torch.nn.Module, settings: ForwardSettings, *, has_backward: bool
+) -> torch.Tensor:
+    """`run_model` with the routes that the settings say."""
+    if settings.replay is None:
+        return run_model(micro_batch, module)
+    with settings.replay.forward(micro_batch, module, settings.replay_source, has_backward=has_backward):
+        return run_model(micro_batch, module)
 
 
 def unwrap_ddp(module: Any) -> torch.nn.Module:
@@ -195,7 +209,7 @@ class TrainForward:
         micro_batch = next(batches)
         if self.observer is not None:
             self.observer.begins(micro_batch)
-        output = run_model(micro_batch, module)
+        output = run_routed_model(micro_batch, module, self.settings, has_backward=True)
 
         def loss_function(
             hidden: torch.Tensor,
@@ -255,7 +269,7 @@ class LogprobForward:
         self, batches: Iterator[MicroBatch], module: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
         micro_batch = next(batches)
-        output = run_model(micro_batch, module)
+        output = run_routed_model(micro_batch, module, self.settings, has_backward=False)
 
         def collect(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             hidden_TH = last_hidden_states(hidden, sequence_parallel=self.settings.sequence_parallel)

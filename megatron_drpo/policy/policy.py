@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_drpo.config import Anchor, Config, LogprobMode, Mode
+from megatron_drpo.config import RoutingReplay as RoutingReplayName
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.sft import SftLoss
@@ -51,8 +52,21 @@ from megatron_drpo.policy.optimizer import (
 )
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.reference import freeze
+from megatron_drpo.policy.routing_replay import Agreement, ReplaySource, RoutingReplay
 from megatron_drpo.policy.schedule import finalize_gradients, run_schedule
 from megatron_drpo.types import MicroBatch
+
+_UPDATE_SOURCES = {
+    RoutingReplayName.none: ReplaySource.none,
+    RoutingReplayName.rollout: ReplaySource.micro_batch,
+    RoutingReplayName.recomputed: ReplaySource.recorded,
+}
+_SCORE_SOURCES = {
+    RoutingReplayName.none: ReplaySource.none,
+    RoutingReplayName.rollout: ReplaySource.micro_batch,
+    RoutingReplayName.recomputed: ReplaySource.record,
+}
+"""Of the pass before the step's first update."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +79,8 @@ class UpdateResult:
     """Before clipping."""
     lr: float
     diagnostics: Diagnostics
+    agreement: Agreement
+    """Of the routers with the routes that were replayed."""
 
 
 class Policy:
@@ -110,6 +126,20 @@ class Policy:
             temperature=1.0 if is_sft else config.rollout.temperature,
             sequence_parallel=config.parallel.sequence_parallel,
             one_pass=False,
+            replay=self._build_replay(),
+        )
+
+    def _build_replay(self) -> RoutingReplay | None:
+        parallel = self.parallel
+        if self.config.policy.routing_replay is RoutingReplayName.none:
+            return None
+        layers = [self.architecture.is_moe_layer(i) for i in range(self.architecture.num_layers)]
+        splits = self.config.parallel.sequence_parallel
+        return RoutingReplay(
+            self.chunks,
+            layers,
+            tensor_rank=parallel.tensor_rank if splits else 0,
+            tensor_size=parallel.tensor_size if splits else 1,
         )
 
     def _load_start(self, chunks: Sequence[PolicyModel], mapping: ParameterMapping) -> None:
@@ -135,7 +165,7 @@ class Policy:
         total_updates = self.config.train.num_steps * self.config.train.num_updates_per_step
         lr = compute_learning_rate(self.config.optimizer, self.num_updates, total_updates)
         with timer.phase("forward_backward"):
-            loss, diagnostics = self.reduce(self.forward_backward(micro_batches))
+            loss, diagnostics, agreement = self.reduce(self.forward_backward(micro_batches))
         with timer.phase("optimizer"):
             grad_norm = compute_gradient_norm(self.optimizer)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -143,7 +173,9 @@ class Policy:
             set_learning_rate(self.optimizer, lr)
             apply_gradients(self.optimizer, grad_norm)
         self.num_updates += 1
-        return UpdateResult(loss=loss, grad_norm=grad_norm, lr=lr, diagnostics=diagnostics)
+        return UpdateResult(
+            loss=loss, grad_norm=grad_norm, lr=lr, diagnostics=diagnostics, agreement=agreement
+        )
 
     def forward_backward(
         self, micro_batches: list[MicroBatch], observer: ForwardObserver | None = None
@@ -167,10 +199,14 @@ class Policy:
     def forward_settings(self) -> ForwardSettings:
         """How an update's logprobs and their gradients are computed, as the objective allows."""
         wants_recompute = self.config.policy.logprob_mode is LogprobMode.recompute
-        return replace(self._settings, one_pass=not (wants_recompute or self.objective.needs_sequences))
+        return replace(
+            self._settings,
+            one_pass=not (wants_recompute or self.objective.needs_sequences),
+            replay_source=_UPDATE_SOURCES[self.config.policy.routing_replay],
+        )
 
-    def reduce(self, results: list[MicroBatchResult]) -> tuple[float, Diagnostics]:
-        """Add up what the last stages saw, over all tokens of the global batch; the same on every rank."""
+    def reduce(self, results: list[MicroBatchResult]) -> tuple[float, Diagnostics, Agreement]:
+        """Add up what all ranks saw, over all tokens of the global batch; the same on every rank."""
         totals = Diagnostics.zeros(self.parallel.device)
         loss = torch.zeros(1, dtype=torch.float64, device=self.parallel.device)
         if self.parallel.tensor_rank == 0:
@@ -178,15 +214,18 @@ class Policy:
                 loss += result.loss
                 totals = totals + result.diagnostics
         # One all-gather, for sums and maxima alike.
-        values = torch.cat([loss, totals.sums.flatten(), totals.maxima.flatten()])
+        routing = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
+        if self._settings.replay is not None:
+            mine = self._settings.replay.take_agreement()
+            routing += torch.tensor([mine.num_choices, mine.num_equal], device=routing.device)
+        values = torch.cat([loss, routing, totals.sums.flatten(), totals.maxima.flatten()])
         gathered = [torch.empty_like(values) for _ in range(self.parallel.world_size)]
         dist.all_gather(gathered, values)
         ranks = torch.stack(gathered)
         num_maxima = totals.maxima.numel()
         sums, maxima = ranks[:, :-num_maxima].sum(0), ranks[:, -num_maxima:].amax(0)
-        return float(sums[0]), Diagnostics(
-            sums=sums[1:].view_as(totals.sums), maxima=maxima.view_as(totals.maxima)
-        )
+        diagnostics = Diagnostics(sums=sums[3:].view_as(totals.sums), maxima=maxima.view_as(totals.maxima))
+        return float(sums[0]), diagnostics, Agreement(int(sums[1]), int(sums[2]))
 
     # ----------------------------------------------------------------------------------------- scores
 
@@ -195,25 +234,29 @@ class Policy:
         last stage."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._score(self.chunks, micro_batches)
+        source = _SCORE_SOURCES[self.config.policy.routing_replay]
+        return self._score(self.chunks, micro_batches, replace(self._settings, replay_source=source))
 
     def add_logprobs(self, batches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """Give the step's micro-batches what the objective compares with, before the first update: the
         policy's own logprobs (anchor=recomputed) and the reference policy's (kl.coef > 0). Collective."""
         flat = [micro_batch for batch in batches for micro_batch in batch]
+        if self._settings.replay is not None:
+            self._settings.replay.clear()
         is_rl = self.config.train.mode is Mode.rl
         if is_rl and self.config.algorithm.anchor is Anchor.recomputed:
             flat = _with_field("old_logprobs_T", flat, self.compute_logprobs(flat))
         if self.reference_chunks:
-            flat = _with_field("ref_logprobs_T", flat, self._score(self.reference_chunks, flat))
+            frozen = replace(self._settings, replay=None)  # it chooses its own experts
+            flat = _with_field("ref_logprobs_T", flat, self._score(self.reference_chunks, flat, frozen))
         annotated = iter(flat)
         return [[next(annotated) for _ in batch] for batch in batches]
 
     @torch.no_grad()
     def _score(
-        self, chunks: Sequence[torch.nn.Module], micro_batches: list[MicroBatch]
+        self, chunks: Sequence[torch.nn.Module], micro_batches: list[MicroBatch], settings: ForwardSettings
     ) -> list[torch.Tensor]:
-        forward = LogprobForward(self._settings)
+        forward = LogprobForward(settings)
         device = self.parallel.device
         return run_schedule(
             forward, chunks, micro_batches, device, forward_only=True, collect_non_loss_data=True

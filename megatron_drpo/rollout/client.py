@@ -68,7 +68,13 @@ class SGLangClient:
     # ------------------------------------------------------------------------------- generation
 
     async def generate(
-        self, requests: Sequence[SampleRequest], *, extra_key: str, vocab_size: int, num_topk: int = 0
+        self,
+        requests: Sequence[SampleRequest],
+        *,
+        extra_key: str,
+        vocab_size: int,
+        num_topk: int = 0,
+        return_routes: bool = False,
     ) -> list[dict[str, Any]]:
         """Sample one response per request, all in one batch; SGLang's response objects in the same order.
 
@@ -77,6 +83,7 @@ class SGLangClient:
                 keys and values of older weights.
             vocab_size: input ids at or above it are refused here; some servers die of them.
             num_topk: most probable ids to report with each response token; 0: none.
+            return_routes: report the experts of every token.
 
         Raises:
             RolloutError: names the server, the endpoint, the status and the first line of the answer.
@@ -97,6 +104,8 @@ class SGLangClient:
         }
         if num_topk:
             fields["top_logprobs_num"] = num_topk
+        if return_routes:
+            fields["return_routed_experts"] = True
         answer = await self._request("POST", "/generate", json=fields)
         if not isinstance(answer, list) or len(answer) != len(requests):
             raise RolloutError(f"{self.endpoint}/generate: expected a list of {len(requests)} responses")

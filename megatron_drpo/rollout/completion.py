@@ -7,13 +7,19 @@ SGLANG_RETURN_ORIGINAL_LOGPROB=1 reports them at temperature 1 instead: right fo
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.sequences import MAX_LOGPROB
 from megatron_drpo.types import FinishReason
+
+if TYPE_CHECKING:
+    from megatron_drpo.types import Routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,24 @@ class Completion:
     topk_ids: list[list[int]] | None = None
     """The most probable ids, if they were asked for; their values are checked with the whole step's."""
     topk_logprobs: list[list[float]] | None = None
+    routes: Routes | None = None
+    """[L-1, M, K] of the whole context and the response, if they were asked for; the ids are checked with the
+    whole step's."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteShape:
+    """Of what a server says of its experts."""
+
+    moe_layers: tuple[int, ...]
+    """Indices of the mixture-of-experts layers; the server counts all layers."""
+    num_layers: int
+    num_experts: int
+    num_experts_per_token: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.num_experts <= 256 else torch.int16
 
 
 class WrongVersionError(RolloutError):
@@ -41,6 +65,7 @@ def parse_completion(
     where: str,
     vocab_size: int,
     num_topk: int = 0,
+    route_shape: RouteShape | None = None,
 ) -> Completion:
     """Check one response.
 
@@ -50,6 +75,7 @@ def parse_completion(
         where: server and request, for messages.
         vocab_size: every sampled id must be below it.
         num_topk: `top_logprobs_num` of the request.
+        route_shape: of the routed experts, if they were asked for.
 
     Raises:
         WrongVersionError: a token of an older, newer or unknown version.
@@ -79,7 +105,31 @@ def parse_completion(
             raise RolloutError(f"{where}: the logprob of response token {index} is {logprob}")
     versions = _policy_versions(meta, len(token_ids), (oldest_version, newest_version), where)
     topk = _topk(meta, len(token_ids), num_topk, where) if num_topk else (None, None)
-    return Completion(token_ids, logprobs, versions, finish_reason, *topk)
+    routes = None if route_shape is None else _routes(meta, route_shape, where)
+    return Completion(token_ids, logprobs, versions, finish_reason, *topk, routes)
+
+
+def _routes(meta: dict[str, Any], shape: RouteShape, where: str) -> Routes | None:
+    """From base64 of int32 [L-1, layers, K]; None if the server says nothing.
+
+    Raises:
+        RolloutError: not of this form: the server has another model.
+    """
+    encoded = meta.get("routed_experts")
+    if encoded is None:
+        return None
+    size = (shape.num_layers, shape.num_experts_per_token)
+    try:
+        values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32)
+        rows = values.view(-1, *size)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RolloutError(
+            f"{where}: routed_experts are not int32 [_, {size[0]}, {size[1]}]: {error}"
+        ) from error
+    chosen = rows[:, list(shape.moe_layers)]
+    if ((chosen < 0) | (chosen >= shape.num_experts)).any():
+        return chosen.to(torch.int16)  # the check of the whole step names the token
+    return chosen.to(shape.dtype)
 
 
 def _topk(

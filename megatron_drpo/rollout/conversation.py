@@ -17,7 +17,7 @@ from itertools import chain
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.completion import Completion
-from megatron_drpo.rollout.sample import Decode, Sample
+from megatron_drpo.rollout.sample import Decode, Sample, join_routes
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 from megatron_drpo.user_code import load_function
 
@@ -54,7 +54,8 @@ class Conversation:
     """The response so far, without the prompt."""
     finish_reason: FinishReason = FinishReason.stop
     """Of the latest turn; a function may set it."""
-    _parts: list[Completion] = field(default_factory=list)
+    _parts: list[tuple[Completion, bool]] = field(default_factory=list)
+    """Turns, and whether they were sampled."""
     _response_mask: list[bool] = field(default_factory=list)
 
     @property
@@ -94,7 +95,7 @@ class Conversation:
         )
 
     def _add(self, completion: Completion, sampled: bool) -> None:
-        self._parts.append(completion)
+        self._parts.append((completion, sampled))
         self.token_ids += completion.token_ids
         self._response_mask += [sampled] * len(completion.token_ids)
 
@@ -113,9 +114,10 @@ class Conversation:
             prompt=self.prompt,
             sample_index=self.index,
             response_ids=self.token_ids,
-            rollout_logprobs=[*chain.from_iterable(part.logprobs for part in self._parts)],
-            policy_versions=[*chain.from_iterable(part.policy_versions for part in self._parts)],
+            rollout_logprobs=[*chain.from_iterable(part.logprobs for part, _ in self._parts)],
+            policy_versions=[*chain.from_iterable(part.policy_versions for part, _ in self._parts)],
             finish_reason=self.finish_reason,
             text=decode(self.token_ids),
             response_mask=self._response_mask,
+            routes=join_routes([part.routes for part, mask in self._parts if mask]),
         )

@@ -12,6 +12,7 @@ from typing import Protocol
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import DrpoError, RolloutError
 from megatron_drpo.rollout.client import SGLangClient, run_all
+from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.conversation import Conversation, RolloutFunction, load_rollout_function
 from megatron_drpo.rollout.event_loop import EventLoopThread
 from megatron_drpo.rollout.pool import ServerPool
@@ -62,12 +63,14 @@ class RolloutEngine:
         stop_token_ids: Sequence[int],
         vocab_size: int,
         seed: int,
+        route_shape: RouteShape | None = None,
     ) -> None:
         """
         Args:
             stop_token_ids: the model's end-of-sequence ids; `config.stop_token_ids` are added.
             vocab_size: rows of the model's embedding; larger input ids are refused.
             seed: of the run; with step, round, prompt id and sample index it determines each sample's seed.
+            route_shape: of the experts that are to be reported with each token; None: none are.
         """
         self._config = config
         self._tokenizer = tokenizer
@@ -76,7 +79,7 @@ class RolloutEngine:
         self._function = None if config.function is None else load_rollout_function(config.function)
         self._loop = EventLoopThread("rollout")
         self._pool = ServerPool(config, self._build_client)
-        self._sampler = Sampler(config, self._pool, vocab_size)
+        self._sampler = Sampler(config, self._pool, vocab_size, route_shape)
         self._slots: asyncio.Semaphore | None = None
         self._num_unfinished = 0
 

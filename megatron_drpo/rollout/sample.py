@@ -7,11 +7,16 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from megatron_drpo.rollout.client import SampleRequest
 from megatron_drpo.rollout.completion import Completion
 from megatron_drpo.types import FinishReason, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from megatron_drpo.types import Routes
 
 T = TypeVar("T")
 Decode = Callable[[list[int]], str]
@@ -105,6 +110,7 @@ class Sample:
             self.segments[-1].finish_reason,
             _joined(topk_ids) if topk_ids else None,
             _joined(topk_logprobs) if topk_logprobs else None,
+            join_routes([s.routes for s in self.segments]),
         )
 
     def rollout(self, decode: Decode) -> Rollout:
@@ -120,11 +126,27 @@ class Sample:
             text=decode(completion.token_ids),
             topk_ids=completion.topk_ids,
             topk_logprobs=completion.topk_logprobs,
+            routes=completion.routes,
         )
 
 
 def _joined(parts: Iterable[list[T]]) -> list[T]:
     return [*chain.from_iterable(parts)]
+
+
+def join_routes(parts: Sequence[Routes | None]) -> Routes | None:
+    """Routes of a response sampled by several requests, each of which tells those of all tokens before it as
+    well.
+
+    A token keeps what the first request says of it: later ones may have computed it again with other weights,
+    while its logprob is of the first.
+    """
+    joined: Routes | None = None
+    for part in parts:
+        if part is None:
+            return None
+        joined = part if joined is None else torch.cat([joined, part[len(joined) :]])
+    return joined
 
 
 def seed_of(key: str) -> int:

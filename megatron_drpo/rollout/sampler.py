@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.client import RetryableError, ServerFailureError
-from megatron_drpo.rollout.completion import Completion, WrongVersionError, parse_completion
+from megatron_drpo.rollout.completion import (
+    Completion,
+    RouteShape,
+    WrongVersionError,
+    parse_completion,
+)
 from megatron_drpo.rollout.pool import PooledServer, ServerLostError, ServerPool
 from megatron_drpo.rollout.sample import Sample
 
@@ -21,8 +26,11 @@ class Sampler:
     so that no sample is lost or counted twice. A sample that a server aborted goes on from the tokens it has.
     """
 
-    def __init__(self, config: RolloutConfig, pool: ServerPool, vocab_size: int) -> None:
+    def __init__(
+        self, config: RolloutConfig, pool: ServerPool, vocab_size: int, route_shape: RouteShape | None = None
+    ) -> None:
         self._config = config
+        self._route_shape = route_shape
         self._pool = pool
         self._vocab_size = vocab_size
         self.policy_version = 0
@@ -90,7 +98,11 @@ class Sampler:
         try:
             responses = await server.run(
                 server.client.generate(
-                    requests, extra_key=str(version), vocab_size=self._vocab_size, num_topk=num_topk
+                    requests,
+                    extra_key=str(version),
+                    vocab_size=self._vocab_size,
+                    num_topk=num_topk,
+                    return_routes=self._route_shape is not None,
                 )
             )
         finally:
@@ -106,6 +118,7 @@ class Sampler:
                     where=f"{server.endpoint}/generate: request {request.rid}",
                     vocab_size=self._vocab_size,
                     num_topk=num_topk,
+                    route_shape=self._route_shape,
                 )
             )
         for sample, completion in zip(samples, completions, strict=True):

@@ -145,7 +145,7 @@ def test_one_pass_and_recompute_give_the_same_gradients(
         policy = build_policy(config)
         assert policy.forward_settings.one_pass is (mode is LogprobMode.one_pass)
         (micro_batches,) = policy.add_logprobs([pack_all(policy, make_sequences([9, 14, 4, 30]))])
-        loss, _ = policy.reduce(policy.forward_backward(micro_batches))
+        loss, _, _ = policy.reduce(policy.forward_backward(micro_batches))
         gradients = {name: vars(p)["main_grad"].clone() for name, p in policy.chunks[0].named_parameters()}
         results.append((loss, gradients))
     (loss, gradients), (other_loss, others) = results
