@@ -35,8 +35,9 @@ from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.weight_sync.push import WeightPusher
 
 Tensors = list[tuple[str, torch.Tensor]]
+_WAYS = ("distributed", "distributed+checksum", "tensor", "disk")
 _NUM_SLOW_TURNS = 2
-"""Of the paths that are not compared."""
+"""Of the tensor path, which takes seconds."""
 _TIMEOUT = timedelta(seconds=120)
 
 
@@ -128,18 +129,15 @@ def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argpa
             settings = {"bucket_bytes": bucket_bytes, "verify_every": verify_every}
             return Pushes(folder, Path(run_dir), tensors, endpoints, path, **settings)
 
-        ways: dict[str, PlainBroadcast | Pushes] = {
-            "plain broadcast": plain,
-            "distributed": make("distributed"),
-            "distributed + checksum": make("distributed", verify_every=1),
-            "tensor": make("tensor"),
-            "disk": make("disk"),
-        }
+        ways: dict[str, PlainBroadcast | Pushes] = {"plain broadcast": plain}
+        for name in arguments.ways:
+            path, _, checks = name.partition("+")
+            ways[name] = make(path, verify_every=1 if checks else 0)
         peaks = {name: measure_peak(way.run) for name, way in ways.items()}  # warms up as well
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(arguments.num_repeats):
             for name, way in ways.items():
-                if turn >= _NUM_SLOW_TURNS and name in ("tensor", "disk"):
+                if turn >= _NUM_SLOW_TURNS and name == "tensor":
                     continue
                 start = time.perf_counter()
                 way.run()
@@ -165,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("endpoints", nargs="+")
+    parser.add_argument("--ways", nargs="+", choices=_WAYS, default=_WAYS)
     parser.add_argument("--bucket-mib", type=int, default=30)
     parser.add_argument("--num-repeats", type=int, default=7)
     parser.add_argument(
