@@ -19,16 +19,16 @@ import pytest
 
 _ROOT = Path(__file__).parents[2]
 _PYTHON = _ROOT / ".venv-sglang" / "bin" / "python"
-_SHIM = os.environ.get("SGLANG_CPU_SHIM", "/work/shared/prototypes/sglang_cpu")
-"""Makes SGLang importable without a GPU."""
+_SHIM = os.environ.get("SGLANG_CPU_SHIM")
+"""The folder that makes SGLang importable without a GPU."""
 _START_S = 150.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not _PYTHON.exists():
+    if _SHIM is None or not _PYTHON.exists():
         for item in items:
             if item.get_closest_marker("sglang"):
-                item.add_marker(pytest.mark.skip(reason="no .venv-sglang"))
+                item.add_marker(pytest.mark.skip(reason="needs .venv-sglang and SGLANG_CPU_SHIM"))
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +54,7 @@ def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
 def _start(model_path: Path, tp: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
+    assert _SHIM is not None
     options = (
         f"--model-path {model_path} --host 127.0.0.1 --port {port} --tp {tp} --dtype float32 --device cpu "
         "--attention-backend torch_native --sampling-backend pytorch --max-total-tokens 4096 "

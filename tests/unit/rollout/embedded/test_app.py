@@ -142,7 +142,7 @@ def test_a_refused_update_says_why_and_keeps_the_version(
 
 
 def test_a_pause_holds_requests_in_place(http: httpx.Client, tensors: dict[str, torch.Tensor]) -> None:
-    """No token is sampled between pause and continue; the update in between splits the response's versions."""
+    """Nothing is sampled until they continue; the update in between splits the response's versions."""
     params = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True}
     answers: list[httpx.Response] = []
 
