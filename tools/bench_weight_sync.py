@@ -35,19 +35,24 @@ from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.weight_sync.push import WeightPusher
 
 Tensors = list[tuple[str, torch.Tensor]]
+_PLAIN = "plain broadcast"
+_WAYS = ("distributed", "distributed+checksum", "tensor", "disk")
 _NUM_SLOW_TURNS = 2
-"""Of the paths that are not compared."""
+"""Of the tensor path, which takes seconds."""
 _TIMEOUT = timedelta(seconds=120)
 
 
 class PlainBroadcast:
-    """Rank 0 of a gloo group with `num_receivers` processes."""
+    """Rank 0 of a gloo group with `num_receivers` processes.
 
-    def __init__(self, num_receivers: int, num_bytes: int) -> None:
-        self._data = torch.ones(num_bytes, dtype=torch.uint8)
+    Receivers allocate a buffer for each part, as SGLang does; the whole in one part, into one they keep.
+    """
+
+    def __init__(self, num_receivers: int, num_bytes: int, part_bytes: int) -> None:
+        self._parts = torch.ones(num_bytes, dtype=torch.uint8).split(part_bytes)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
         ranks = [str(rank) for rank in range(1, num_receivers + 1)]
-        arguments = [str(store.port), str(num_receivers + 1), str(num_bytes)]
+        arguments = [str(store.port), str(num_receivers + 1), str(num_bytes), str(part_bytes)]
         self._receivers = [
             subprocess.Popen([sys.executable, __file__, "--receive", rank, *arguments]) for rank in ranks
         ]
@@ -55,7 +60,8 @@ class PlainBroadcast:
 
     def run(self) -> None:
         """Until the last receiver has all bytes."""
-        _broadcast(self._group, self._data)
+        for part in self._parts:
+            _broadcast(self._group, part)
         self._group.barrier().wait()
 
     def close(self) -> None:
@@ -64,14 +70,19 @@ class PlainBroadcast:
             receiver.wait()
 
 
-def receive(rank: int, port: int, world_size: int, num_bytes: int) -> None:
+def receive(rank: int, port: int, world_size: int, num_bytes: int, part_bytes: int) -> None:
     """A receiver of `PlainBroadcast`; runs until it is killed."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
     group: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(hours=1))
-    data = torch.zeros(num_bytes, dtype=torch.uint8)
+    whole = torch.zeros(num_bytes, dtype=torch.uint8)
     while True:
-        _broadcast(group, data)
+        if part_bytes >= num_bytes:
+            _broadcast(group, whole)
+        else:
+            for start in range(0, num_bytes, part_bytes):
+                part = torch.empty(min(part_bytes, num_bytes - start), dtype=torch.uint8)
+                _broadcast(group, part)
         group.barrier().wait()
 
 
@@ -121,7 +132,6 @@ def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argpa
     """The table of one set of servers."""
     num_bytes = sum(tensor.nbytes for _, tensor in tensors)
     bucket_bytes = arguments.bucket_mib * 2**20
-    plain = PlainBroadcast(len(endpoints), num_bytes)
     with tempfile.TemporaryDirectory(dir=arguments.run_dir) as run_dir:
 
         def make(path: str, *, verify_every: int = 0) -> Pushes:
@@ -129,17 +139,17 @@ def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argpa
             return Pushes(folder, Path(run_dir), tensors, endpoints, path, **settings)
 
         ways: dict[str, PlainBroadcast | Pushes] = {
-            "plain broadcast": plain,
-            "distributed": make("distributed"),
-            "distributed + checksum": make("distributed", verify_every=1),
-            "tensor": make("tensor"),
-            "disk": make("disk"),
+            _PLAIN: PlainBroadcast(len(endpoints), num_bytes, num_bytes),
+            "plain, in buckets": PlainBroadcast(len(endpoints), num_bytes, bucket_bytes),
         }
+        for name in arguments.ways:
+            path, _, checks = name.partition("+")
+            ways[name] = make(path, verify_every=1 if checks else 0)
         peaks = {name: measure_peak(way.run) for name, way in ways.items()}  # warms up as well
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(arguments.num_repeats):
             for name, way in ways.items():
-                if turn >= _NUM_SLOW_TURNS and name in ("tensor", "disk"):
+                if turn >= _NUM_SLOW_TURNS and name == "tensor":
                     continue
                 start = time.perf_counter()
                 way.run()
@@ -150,11 +160,11 @@ def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argpa
     table = Table(title=title)
     for column in ("way", "seconds", "GB/s", "x plain", "peak extra, buckets"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    base = statistics.median(seconds["plain broadcast"])
+    base = statistics.median(seconds[_PLAIN])
     for name, values in seconds.items():
         median = statistics.median(values)
         spread = f"{median:.2f} ({min(values):.2f} to {max(values):.2f})"
-        peak = "" if name == "plain broadcast" else f"{peaks[name] / bucket_bytes:.2f}"
+        peak = "" if name.startswith("plain") else f"{peaks[name] / bucket_bytes:.2f}"
         table.add_row(name, spread, f"{num_bytes / median / 1e9:.2f}", f"{base / median:.2f}", peak)
     return table
 
@@ -165,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("endpoints", nargs="+")
+    parser.add_argument("--ways", nargs="+", choices=_WAYS, default=_WAYS)
     parser.add_argument("--bucket-mib", type=int, default=30)
     parser.add_argument("--num-repeats", type=int, default=7)
     parser.add_argument(

@@ -6,6 +6,7 @@ import base64
 import os
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_drpo.hf_io import HfWriter
 from megatron_drpo.weight_sync.checksum import compute_checksum
 from megatron_drpo.weight_sync.wire import encode_bucket
 
@@ -137,6 +139,48 @@ def test_a_refused_update_says_why_and_keeps_the_version(
     http.post("/update_weights_from_tensor", json=update_body(some, "99"))
     assert first in message_of(http.post("/end_weight_update", json={}))
     assert version_of(http) == version
+
+
+def test_a_pause_holds_requests_in_place(http: httpx.Client, tensors: dict[str, torch.Tensor]) -> None:
+    """Nothing is sampled until they continue; the update in between splits the response's versions."""
+    params = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+
+    def generate() -> None:
+        answers.append(http.post("/generate", json={"input_ids": [4], "sampling_params": params}))
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    time.sleep(0.05)
+    assert http.post("/pause_generation", json={"mode": "in_place"}).status_code == 200
+    thread.join(1.0)
+    assert thread.is_alive()
+    http.post("/begin_weight_update", json={})
+    http.post("/update_weights_from_tensor", json=update_body(tensors, "paused"))
+    http.post("/end_weight_update", json={})
+    assert http.post("/continue_generation", json={}).status_code == 200
+    thread.join(10.0)
+    spans = answers[0].json()["meta_info"]["weight_versions"]
+    assert (spans[0]["start"], spans[-1]["end"], spans[-1]["version"]) == (0, 200, "paused")
+    assert len(spans) == 2
+    assert "in_place" in message_of(http.post("/pause_generation", json={"mode": "abort"}))
+
+
+def test_an_update_from_disk(
+    http: httpx.Client, tensors: dict[str, torch.Tensor], tiny_moe: Path, tmp_path: Path
+) -> None:
+    new = {name: tensor * 0.5 for name, tensor in tensors.items()}
+    with HfWriter(tmp_path / "new", source=tiny_moe) as writer:
+        for name, tensor in new.items():
+            writer.add(name, tensor)
+    body = {"model_path": str(tmp_path / "new"), "weight_version": "disk"}
+    assert http.post("/update_weights_from_disk", json=body).json()["success"] is True
+    assert version_of(http) == "disk"
+    answer = http.post("/weights_checker", json={"action": "checksum"}).json()
+    assert answer["per_engine_checksum"] == compute_checksum(new.items())
+    body["model_path"] = str(tmp_path / "none")
+    assert "no such folder" in message_of(http.post("/update_weights_from_disk", json=body))
+    assert version_of(http) == "disk"
 
 
 class _Hostile:
