@@ -235,6 +235,9 @@ class RolloutConfig:
         if self.endpoints and self.fleet_file is not None:
             yield "rollout.endpoints and rollout.fleet_file exclude each other: give one of them"
         yield from self._deterministic_problems()
+        for url in self.endpoints:
+            if not url.startswith(("http://", "https://")):
+                yield f"rollout.endpoints: {url!r} must start with http:// or https://"
         for section in (self.embedded, self.sglang, self.fleet):
             yield from section.problems()
 

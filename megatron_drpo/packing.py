@@ -116,12 +116,11 @@ def pack(
         return values_T
 
     token_ids_T = of_tokens(torch.int64, [s.token_ids for s in sequences])
-    topk: dict[str, Tensor] = {}
+    optional: dict[str, Tensor] = _pack_routes(sequences, layout)
     if num_topk:
-        topk["topk_ids_TK"] = of_responses(torch.int64, [s.topk_ids for s in sequences], num_topk)
+        optional["topk_ids_TK"] = of_responses(torch.int64, [s.topk_ids for s in sequences], num_topk)
         logprobs = [s.topk_logprobs for s in sequences]
-        topk["topk_logprobs_TK"] = of_responses(torch.float32, logprobs, num_topk)
-    routes = _pack_routes(sequences, layout) if any(s.routes is not None for s in sequences) else {}
+        optional["topk_logprobs_TK"] = of_responses(torch.float32, logprobs, num_topk)
     return MicroBatch(
         token_ids_T=token_ids_T,
         position_ids_T=layout.position_ids_T,
@@ -136,15 +135,16 @@ def pack(
         sequence_ids=[s.id for s in sequences],
         prompt_lengths=[s.prompt_length for s in sequences],
         response_lengths=[len(s) - s.prompt_length for s in sequences],
-        **topk,
-        **routes,
+        **optional,
     )
 
 
 def _pack_routes(sequences: Sequence[TrainSequence], layout: _Layout) -> dict[str, Tensor]:
-    """`routes_TMK` and `has_routes_T`; zeros where there are none."""
+    """`routes_TMK` and `has_routes_T`, zeros where there are none; nothing if no sequence has routes."""
     num_tokens = len(layout.position_ids_T)
-    present = next(s.routes for s in sequences if s.routes is not None)
+    present = next((s.routes for s in sequences if s.routes is not None), None)
+    if present is None:
+        return {}
     routes_TMK = present.new_zeros(num_tokens, *present.shape[1:])
     has_routes_T = torch.zeros(num_tokens, dtype=torch.bool)
     for start, sequence in zip(layout.cu_seqlens.tolist(), sequences, strict=False):

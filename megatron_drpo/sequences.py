@@ -34,15 +34,15 @@ def build_sequences(
 ) -> list[TrainSequence]:
     """One training sequence per rollout; every response token gets its sample's advantage.
 
-    A response without tokens (an aborted request) becomes no sequence. Ids are positions among the rollouts.
-    Each field is one tensor, cut up: a tensor of its own per rollout and field would cost more than packing.
+    A response without tokens becomes no sequence. Ids are positions among the rollouts. Each field is one
+    tensor, cut up: a tensor of its own per rollout and field would cost more than packing.
 
     Args:
         advantages: one per rollout.
         left_out: where True, no token of the rollout has a loss.
         vocab_size: token ids must be below it.
         num_topk: K; the rollouts must have that many ids per token. 0: sequences without top-k.
-        route_check: the rollouts must have routes that pass it; None: sequences without routes.
+        route_check: of the rollouts' routes; None: sequences without routes.
 
     Raises:
         RewardError: an advantage that is not finite.
@@ -55,18 +55,16 @@ def build_sequences(
     _check_lengths(rollouts, num_topk)
     _check_advantages(rollouts, advantages)
     tokens = _ResponseTokens(rollouts)
-    lengths = [len(rollout.prompt.token_ids) + len(rollout.response_ids) for rollout in rollouts]
-    token_ids = torch.tensor([*chain.from_iterable((*r.prompt.token_ids, *r.response_ids) for r in rollouts)])
+    ids = [(*rollout.prompt.token_ids, *rollout.response_ids) for rollout in rollouts]
     tokens.check_ids(vocab_size)
-    kept = ~torch.tensor(left_out, dtype=torch.bool)
     topk: Iterable[tuple[Tensor, Tensor] | tuple[None, None]] = repeat((None, None), len(rollouts))
     if num_topk:
         topk = zip(*map(tokens.split, tokens.topk(num_topk, vocab_size)), strict=True)
     columns = zip(
-        token_ids.split(lengths),
+        torch.tensor([*chain.from_iterable(ids)]).split([len(ids_L) for ids_L in ids]),
         tokens.split(tokens.spread(advantages.float())),
         tokens.split(tokens.logprobs()),
-        tokens.split(tokens.spread(kept) & tokens.sampled()),
+        tokens.split(tokens.spread(~torch.tensor(left_out, dtype=torch.bool)) & tokens.sampled()),
         topk,
         strict=True,
     )
@@ -80,7 +78,7 @@ def build_sequences(
             loss_mask=mask_R,
             topk_ids=topk_R[0],
             topk_logprobs=topk_R[1],
-            routes=None if route_check is None else route_check.check(number, rollouts[number]),
+            routes=route_check and route_check.check(number, rollouts[number]),
         )
         for number, (ids_L, advantages_R, logprobs_R, mask_R, topk_R) in enumerate(columns)
         if len(mask_R) > 0

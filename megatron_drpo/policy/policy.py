@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class UpdateResult:
     """Before clipping."""
     lr: float
     diagnostics: Diagnostics
-    agreement: Agreement
+    agreement: Agreement = field(default_factory=Agreement)
     """Of the routers with the routes that were replayed."""
 
 

@@ -48,7 +48,7 @@ class Conversation:
     policy_version: int
     """When it began; what inserted tokens carry."""
     _sample: Sample
-    """The latest turn."""
+    """What turns are made of; it knows the server of the latest one."""
     _complete: Complete
     token_ids: list[int] = field(default_factory=list)
     """The response so far, without the prompt."""
@@ -81,7 +81,7 @@ class Conversation:
         turn = self._sample.next_turn(self.token_ids, room, stop_token_ids)
         await self._complete(turn)
         completion = turn.completion()
-        self._sample = turn
+        self._sample.server = turn.server
         self._add(completion, True)
         self.finish_reason = completion.finish_reason
         return completion.token_ids

@@ -55,7 +55,7 @@ class PooledServer:
         lost = asyncio.ensure_future(self._lost.wait())
         try:
             await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
+            if work.done() and (work.exception() is None or not self._lost.is_set()):
                 return work.result()
             raise ServerLostError(f"{self.endpoint} left the fleet or hangs")
         finally:

@@ -84,12 +84,12 @@ class Sample:
         self, response_ids: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]
     ) -> Sample:
         """A further turn of the same response, after the tokens that it has so far."""
-        turn = f"/turn{len(response_ids)}"
+        turn = f"-turn{len(response_ids)}"
         return Sample(
             prompt=self.prompt,
             index=self.index,
-            name=f"{self.name.partition('/')[0]}{turn}",
-            seed_key=f"{self.seed_key.partition('#')[0]}#{turn}",
+            name=f"{self.name}{turn}",
+            seed_key=f"{self.seed_key}{turn}",
             params={
                 **self.params,
                 "max_new_tokens": max_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from megatron_drpo.errors import DataError
 from megatron_drpo.types import Prompt, RolloutGroup
 
 T = TypeVar("T")
+Draw = Callable[[int], list[Prompt]]
 
 
 def make_prompt(number: int) -> Prompt:
@@ -38,6 +40,12 @@ class Replica:
         self.drawn += num_prompts
         return [make_prompt(next(self._ids)) for _ in range(num_prompts)]
 
+    def draw_and_sample(
+        self, num_prompts: int, round_index: int, is_wanted: bool, draw: Draw | None = None
+    ) -> list[ScoredGroup]:
+        prompts = (draw or self.draw)(num_prompts)
+        return self.sample(prompts, round_index) if is_wanted else []
+
     def sample(self, prompts: list[Prompt], round_index: int) -> list[ScoredGroup]:
         self.rounds += [[]] * (round_index - len(self.rounds)) + [[prompt.id for prompt in prompts]]
         return [
@@ -51,7 +59,7 @@ class Replica:
     def fill(
         self, num_groups: int, max_rounds: int, agree: Callable[[int], int] = lambda value: value
     ) -> FilledShare:
-        return fill_share(num_groups, max_rounds, draw=self.draw, sample=self.sample, agree=agree)
+        return fill_share(num_groups, max_rounds, sample=self.draw_and_sample, agree=agree)
 
 
 def kept(share: FilledShare) -> list[int]:
@@ -159,7 +167,7 @@ def test_two_replicas_draw_in_lockstep_and_resume_at_the_same_prompt() -> None:
 
     def run(rank: int, agree: Callable[[int], int]) -> FilledShare:
         replica = replicas[rank]
-        return fill_share(2, 5, draw=shares[rank].next, sample=replica.sample, agree=agree)
+        return fill_share(2, 5, sample=partial(replica.draw_and_sample, draw=shares[rank].next), agree=agree)
 
     first, second = run_replicas(run)
     assert (kept(first), kept(second)) == ([4, 6], [1, 3])
@@ -181,7 +189,7 @@ def test_one_replica_may_end_with_fewer_groups_than_the_other() -> None:
 
     def run(rank: int, agree: Callable[[int], int]) -> FilledShare:
         replica = Replica(lambda id_: id_ % 2 == 0 and id_ != 4)
-        return fill_share(2, 3, draw=shares[rank].next, sample=replica.sample, agree=agree)
+        return fill_share(2, 3, sample=partial(replica.draw_and_sample, draw=shares[rank].next), agree=agree)
 
     first, second = run_replicas(run)
     assert (kept(first), kept(second)) == ([4], [1, 3])
@@ -194,7 +202,7 @@ def test_no_group_on_any_replica_is_an_error_on_all() -> None:
     def run(rank: int, agree: Callable[[int], int]) -> str:
         replica = Replica(lambda id_: True)
         with pytest.raises(DataError) as caught:
-            fill_share(2, 3, draw=shares[rank].next, sample=replica.sample, agree=agree)
+            fill_share(2, 3, sample=partial(replica.draw_and_sample, draw=shares[rank].next), agree=agree)
         return str(caught.value)
 
     first, second = run_replicas(run)

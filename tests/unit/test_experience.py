@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,12 +31,13 @@ from megatron_drpo.experience import (
     DemonstrationExperience,
     Evaluator,
     Experience,
+    ExperienceSource,
     RolloutExperience,
     SampleStatistics,
 )
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.rewards.pool import RewardPool
-from megatron_drpo.rollout.engine import RolloutEngine
+from megatron_drpo.rollout.engine import PendingGroup, RolloutEngine, SamplingPlan
 from megatron_drpo.types import FinishReason, Prompt, Rollout, RolloutGroup
 
 PROMPTS = [
@@ -48,13 +51,16 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def generate(self, prompts: list[Prompt], **settings: Any) -> list[RolloutGroup]:
-        self.calls.append({"prompts": [prompt.id for prompt in prompts], **settings})
-        num_samples = settings.get("num_samples_per_prompt", 2)
-        return [
-            RolloutGroup(prompt=p, rollouts=[sample(p, i, num_samples) for i in range(num_samples)])
-            for p in prompts
-        ]
+    def submit(self, prompts: list[Prompt], plan: SamplingPlan) -> list[PendingGroup]:
+        if prompts:
+            self.calls.append({"prompts": [prompt.id for prompt in prompts], "plan": plan})
+        return [self._pending(prompt, plan.num_samples_per_prompt or 2) for prompt in prompts]
+
+    def _pending(self, prompt: Prompt, num_samples: int) -> PendingGroup:
+        future: Future[RolloutGroup] = Future()
+        rollouts = [sample(prompt, i, num_samples) for i in range(num_samples)]
+        future.set_result(RolloutGroup(prompt=prompt, rollouts=rollouts))
+        return PendingGroup(prompt=prompt, policy_version=0, future=future)
 
 
 def sample(prompt: Prompt, index: int, num_samples: int = 2) -> Rollout:
@@ -77,6 +83,16 @@ class Rewards:
         return [10.0 * rollout.prompt.id + rollout.sample_index for rollout in rollouts]
 
 
+def wait_until(is_ready: Callable[[float], bool]) -> None:
+    assert is_ready(0.0)
+
+
+def collect(
+    source: ExperienceSource, step: int, policy_version: int, timer: StepTimer | None = None
+) -> Experience:
+    return source.build(source.sample(step, policy_version, timer or StepTimer()), policy_version)
+
+
 def make_share(num_prompts: int, rank: int = 0, size: int = 1) -> PromptShare:
     return PromptShare(PromptSource(PROMPTS, shuffle=False, seed=0), num_prompts, rank, size)
 
@@ -96,6 +112,7 @@ def make_experience(
     """Of a single replica, unless `agree` and `sum_over_replicas` say otherwise."""
     engine = engine or Engine()
     alone: dict[str, Any] = {"agree": lambda value: value, "sum_over_replicas": lambda values: values}
+    alone["wait_until"] = wait_until
     alone |= {"vocab_size": 100, "num_topk": 0} | arguments
     experience = RolloutExperience(
         config,
@@ -113,10 +130,8 @@ def make_experience(
 def test_sequences_of_a_step_by_hand() -> None:
     config = make_config(algorithm=AlgorithmConfig(advantage=Advantage.group_mean))
     experience, engine = make_experience(config, make_share(2))
-    result = experience.collect(5, policy_version=4, timer=StepTimer())
-    assert engine.calls == [
-        {"prompts": [0, 1], "policy_version": 4, "step": 5, "round_index": 0, "num_topk": 0}
-    ]
+    result = collect(experience, 5, 4)
+    assert engine.calls == [{"prompts": [0, 1], "plan": SamplingPlan(step=5)}]
     assert [sequence.id for sequence in result.sequences] == [0, 1, 2, 3]
     expected = [
         ([7], [10], -0.5),
@@ -139,6 +154,7 @@ def test_sequences_of_a_step_by_hand() -> None:
         num_truncated=2,
         num_prompt_tokens=1 + 1 + 2 + 2,
         length_max=3,
+        num_response_tokens=8,
     )
 
 
@@ -146,7 +162,7 @@ def test_rollout_and_reward_are_timed() -> None:
     now = iter(float(second) for second in range(100))
     timer = StepTimer(clock=lambda: next(now))
     experience, _ = make_experience(make_config(), make_share(2))
-    experience.collect(0, policy_version=0, timer=timer)
+    collect(experience, 0, 0, timer)
     times = timer.finish()
     assert times["time/rollout_s"] == 1.0
     assert times["time/reward_s"] == 1.0
@@ -155,7 +171,7 @@ def test_rollout_and_reward_are_timed() -> None:
 def test_truncated_responses_can_be_left_out() -> None:
     config = make_config(reward=RewardConfig(overlong=Overlong.mask))
     experience, _ = make_experience(config, make_share(2))
-    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    result = collect(experience, 0, 0)
     assert [bool(sequence.loss_mask.any()) for sequence in result.sequences] == [True, False, True, False]
     assert result.statistics.num_samples == 4
     assert result.statistics.reward_sum == 22.0
@@ -169,7 +185,7 @@ def test_a_penalty_enters_advantages_but_not_the_reported_reward() -> None:
         algorithm=AlgorithmConfig(advantage=Advantage.uncentred),
     )
     experience, _ = make_experience(config, make_share(2))
-    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    result = collect(experience, 0, 0)
     advantages = [sequence.advantages[0].item() for sequence in result.sequences]
     assert advantages == [0.0, 1.0, 10.0, 10.5]
     assert result.statistics.reward_sum == 22.0
@@ -184,7 +200,7 @@ def test_the_negative_control_permutes_rewards() -> None:
     orders = []
     for step in range(4):
         experience, _ = make_experience(shuffled, make_share(8))
-        result = experience.collect(step, policy_version=0, timer=StepTimer())
+        result = collect(experience, step, 0)
         orders.append([sequence.advantages[0].item() for sequence in result.sequences])
         assert sorted(orders[-1]) == sorted(10.0 * prompt + index for prompt in range(8) for index in (0, 1))
         assert result.statistics.reward_sum == sum(orders[-1])
@@ -193,7 +209,7 @@ def test_the_negative_control_permutes_rewards() -> None:
 
 def test_only_some_rollouts_are_kept_for_reading() -> None:
     experience, _ = make_experience(make_config(metrics=MetricsConfig(num_rollouts_dumped=3)), make_share(4))
-    result = experience.collect(0, policy_version=4, timer=StepTimer())
+    result = collect(experience, 0, 4)
     assert [(r.prompt_id, r.sample_index, r.advantage) for r in result.records] == [
         (0, 0, -0.5),
         (0, 1, 0.5),
@@ -212,7 +228,7 @@ def test_reinforce_plus_plus_over_two_replicas() -> None:
         share = make_share(2, rank, 2)
         other = torch.tensor([3.0, 0.5, 0.75] if rank else [5.0, 0.5, 1.25], dtype=torch.float64)
         experience, _ = make_experience(config, share, sum_over_replicas=other.add)
-        result = experience.collect(0, policy_version=0, timer=StepTimer())
+        result = collect(experience, 0, 0)
         advantages = [sequence.advantages[0].item() for sequence in result.sequences]
         assert advantages == pytest.approx([(-0.5 - mean) / std, (0.5 - mean) / std], rel=1e-6)
 
@@ -224,7 +240,7 @@ def test_masked_responses_do_not_enter_the_normalisation() -> None:
         reward=RewardConfig(overlong=Overlong.mask),
     )
     experience, _ = make_experience(config, make_share(2))
-    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    result = collect(experience, 0, 0)
     # All counted tokens have the centred reward -1/2: mean -1/2, variance 0, held at 1e-8.
     assert [sequence.advantages[0].item() for sequence in result.sequences] == pytest.approx([0, 1e4] * 2)
 
@@ -237,21 +253,21 @@ def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
 
     experience, _ = make_experience(make_config(), make_share(2), rewards=OneBroken())
     with pytest.raises(RewardError, match=rf"prompt 1 \(line 2\), sample 1: it is {reward}, expected"):
-        experience.collect(0, policy_version=0, timer=StepTimer())
+        collect(experience, 0, 0)
 
 
 def test_topk_goes_from_the_engine_into_the_sequences() -> None:
     class WithTopk(Engine):
-        def generate(self, prompts: list[Prompt], **settings: Any) -> list[RolloutGroup]:
-            groups = super().generate(prompts, **settings)
-            for rollout in (r for group in groups for r in group.rollouts):
+        def submit(self, prompts: list[Prompt], plan: SamplingPlan) -> list[PendingGroup]:
+            pending = super().submit(prompts, plan)
+            for rollout in (r for group in pending for r in group.future.result().rollouts):
                 rollout.topk_ids = [[10 + p, 3] for p in range(len(rollout.response_ids))]
                 rollout.topk_logprobs = [[-0.7, -1.5 - p] for p in range(len(rollout.response_ids))]
-            return groups
+            return pending
 
     experience, engine = make_experience(make_config(), make_share(2), engine=WithTopk(), num_topk=2)
-    sequence = experience.collect(0, policy_version=0, timer=StepTimer()).sequences[3]
-    assert engine.calls[0]["num_topk"] == 2
+    sequence = collect(experience, 0, 0).sequences[3]
+    assert engine.calls[0]["plan"].num_topk == 2
     assert sequence.topk_ids is not None
     assert sequence.topk_logprobs is not None
     assert sequence.topk_ids.tolist() == [[10, 3], [11, 3], [12, 3]]
@@ -284,9 +300,9 @@ def prompts_of(result: Experience) -> list[int]:
 def test_dropped_groups_are_refilled_on_one_replica() -> None:
     share = make_share(4)
     experience, engine = make_experience(make_config(algorithm=DYNAMIC), share, rewards=SomeConstant(0, 3, 5))
-    result = experience.collect(7, policy_version=0, timer=StepTimer())
+    result = collect(experience, 7, 0)
     # Of 0..3 half are kept, so 2 missing ones take 4; of 4..7 three are kept and one is cut.
-    calls = [(call["prompts"], call["step"], call["round_index"]) for call in engine.calls]
+    calls = [(call["prompts"], call["plan"].step, call["plan"].round_index) for call in engine.calls]
     assert calls == [([0, 1, 2, 3], 7, 0), ([4, 5, 6, 7], 7, 1)]
     assert prompts_of(result) == [1, 2, 4, 6]
     assert [sequence.id for sequence in result.sequences] == list(range(8))
@@ -316,7 +332,7 @@ def test_a_replica_without_any_group_takes_part_in_the_sum() -> None:
         agree=at_least_one,
         sum_over_replicas=collective,
     )
-    result = experience.collect(0, policy_version=0, timer=StepTimer())
+    result = collect(experience, 0, 0)
     assert [call["prompts"] for call in engine.calls] == [[0, 2], [4, 6], [0, 2]]
     assert result.sequences == result.records == []
     assert result.statistics.num_rounds == 3
@@ -331,7 +347,7 @@ def test_a_penalty_does_not_make_a_group_vary() -> None:
         algorithm=DYNAMIC,
     )
     experience, _ = make_experience(config, make_share(1), rewards=SomeConstant(0))
-    assert prompts_of(experience.collect(0, policy_version=0, timer=StepTimer())) == [1]
+    assert prompts_of(collect(experience, 0, 0)) == [1]
 
 
 # ----------------------------------------------------------------------------------- demonstrations
@@ -346,7 +362,7 @@ class Tokenizer:
 def test_demonstrations_end_with_end_of_sequence() -> None:
     tokenizer = cast(PreTrainedTokenizerBase, Tokenizer())
     source = DemonstrationExperience(make_share(2), tokenizer, 99, vocab_size=100)
-    result = source.collect(0, 0, StepTimer())
+    result = collect(source, 0, 0)
     assert [sequence.token_ids.tolist() for sequence in result.sequences] == [
         [7, 50, 51, 99],
         [7, 7, 50, 51, 99],
@@ -366,10 +382,10 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"prompt 0 \(line 1\): response token 1 is the id 51, which .* 0\.\.50"
     ):
-        source.collect(0, 0, StepTimer())
+        collect(source, 0, 0)
     source = DemonstrationExperience(make_share(2), tokenizer, 3, vocab_size=7)
     with pytest.raises(DataError, match=r"prompt 0 \(line 1\): prompt token 0 is the id 7"):
-        source.collect(0, 0, StepTimer())
+        collect(source, 0, 0)
 
 
 # ---------------------------------------------------------------------------------------- evaluation
@@ -378,10 +394,12 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 def test_evaluation_samples_k_responses_with_seeds_of_its_own() -> None:
     config = make_config(eval=EvalConfig(num_samples_per_prompt=3, temperature=0.5, top_p=0.9))
     engine = Engine()
-    evaluator = Evaluator(config, PROMPTS[1:3], cast(RolloutEngine, engine), cast(RewardPool, Rewards()))
-    statistics = evaluator.evaluate(policy_version=6)
-    expected = {"prompts": [1, 2], "policy_version": 6, "step": EVAL_SEED_STEP, "on_progress": None}
-    assert engine.calls == [expected | {"num_samples_per_prompt": 3, "temperature": 0.5, "top_p": 0.9}]
+    evaluator = Evaluator(
+        config, PROMPTS[1:3], cast(RolloutEngine, engine), cast(RewardPool, Rewards()), wait_until
+    )
+    statistics = evaluator.evaluate()
+    plan = SamplingPlan(step=EVAL_SEED_STEP, num_samples_per_prompt=3, temperature=0.5, top_p=0.9)
+    assert engine.calls == [{"prompts": [1, 2], "plan": plan}]
     assert statistics.num_samples == 6
     assert statistics.reward_sum == 10 + 11 + 12 + 20 + 21 + 22
     assert statistics.num_truncated == 2
@@ -390,6 +408,8 @@ def test_evaluation_samples_k_responses_with_seeds_of_its_own() -> None:
 
 def test_a_replica_without_held_out_prompts_asks_nobody() -> None:
     engine = Engine()
-    evaluator = Evaluator(make_config(), [], cast(RolloutEngine, engine), cast(RewardPool, Rewards()))
-    assert evaluator.evaluate(policy_version=0) == SampleStatistics()
+    evaluator = Evaluator(
+        make_config(), [], cast(RolloutEngine, engine), cast(RewardPool, Rewards()), wait_until
+    )
+    assert evaluator.evaluate() == SampleStatistics()
     assert engine.calls == []

@@ -37,7 +37,7 @@ class Record:
         self.rank_error: BaseException | None = None
         self.server_is_dead = False
 
-    def servers(self, config: RolloutConfig, **_: object) -> Self:
+    def fleet(self, config: Config) -> Self:
         return self
 
     def __enter__(self) -> Self:
@@ -47,9 +47,7 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self.events.append("servers stop")
 
-    @property
-    def endpoints(self) -> list[str]:
-        return ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    path = Path("runs/x/fleet.json")
 
     def check(self) -> None:
         if self.server_is_dead:
@@ -71,7 +69,7 @@ class Record:
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     record = Record()
-    monkeypatch.setattr(supervisor, "EmbeddedServers", record.servers)
+    monkeypatch.setattr(supervisor, "build_fleet", record.fleet)
     monkeypatch.setattr(supervisor, "elastic_launch", record.elastic_launch)
     return record
 
@@ -102,13 +100,13 @@ def test_servers_live_around_the_ranks(record: Record, config: Config, tmp_path:
         "-m",
         "megatron_drpo.train",
         f"config={tmp_path / 'run' / 'config.yaml'}",
-        "rollout.endpoints=[http://127.0.0.1:1,http://127.0.0.1:2]",
+        "rollout.fleet_file=runs/x/fleet.json",
     )
     assert record.supervisor_pid == str(os.getpid())
     assert SUPERVISOR_PID not in os.environ
     ranks = load_config(list(record.arguments[2:]))
-    assert ranks.rollout.endpoints == record.endpoints
-    ranks.rollout.endpoints = []
+    assert ranks.rollout.fleet_file == str(record.path)
+    ranks.rollout.fleet_file = None
     assert ranks == config
 
 
@@ -117,7 +115,7 @@ def test_running_servers_are_only_used(record: Record, config: Config, engine: R
     config.rollout = RolloutConfig(engine=engine, endpoints=["http://server:30000"])
     supervisor.supervise(config)
     assert record.events == ["ranks run"]
-    assert record.arguments[-1] == "rollout.endpoints=[http://server:30000]"
+    assert load_config(list(record.arguments[2:])).rollout.endpoints == ["http://server:30000"]
 
 
 def test_sft_has_no_server(record: Record, config: Config) -> None:

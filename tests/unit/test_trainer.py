@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
+from megatron_drpo.collective_wait import CollectiveWait
 from megatron_drpo.config import CheckpointConfig, Config, DataConfig, Mode, PolicyConfig
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.losses.base import Loss
@@ -65,7 +66,8 @@ def start(one_rank: ParallelState) -> Callable[..., Trainer]:
                 share=None,
                 experience=None,
                 evaluator=None,
-                pusher=None,
+                publisher=None,
+                wait=CollectiveWait(None),
                 writer=writer,
                 progress=None,
             )

@@ -15,8 +15,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout import client as client_module
-from megatron_drpo.rollout.client import SampleRequest, SGLangClient
+from megatron_drpo.rollout.client import (
+    RetryableError,
+    SampleRequest,
+    ServerFailureError,
+    ServerTimeoutError,
+    SGLangClient,
+    UnreachableError,
+)
 
 Handler = Callable[[dict[str, Any]], Response]
 
@@ -26,6 +32,7 @@ class FakeServer:
 
     def __init__(self, serve_app: Callable[[Any], str]) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         self.answers: list[Response] = []
         self.delay_s = 0.0
         routes = [Route("/{path:path}", self._answer, methods=["GET", "POST"])]
@@ -33,6 +40,7 @@ class FakeServer:
 
     async def _answer(self, request: Request) -> Response:
         self.bodies.append(await request.json() if await request.body() else {})
+        self.keys.append(request.headers.get("Authorization"))
         await asyncio.sleep(self.delay_s)
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
@@ -43,10 +51,9 @@ def shared_server(serve_app: Callable[[Any], str]) -> FakeServer:
 
 
 @pytest.fixture
-def server(shared_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+def server(shared_server: FakeServer) -> FakeServer:
     shared_server.bodies = []
     shared_server.delay_s = 0.0
-    monkeypatch.setattr(client_module, "_FIRST_DELAY_S", 0.01)
     return shared_server
 
 
@@ -55,10 +62,10 @@ def call(
     method: Callable[[SGLangClient], Awaitable[Any]],
     *,
     timeout_s: float = 5.0,
-    num_retries: int = 0,
+    api_key: str | None = None,
 ) -> Any:
     async def run() -> Any:
-        async with SGLangClient(endpoint, timeout_s=timeout_s, num_retries=num_retries) as client:
+        async with SGLangClient(endpoint, timeout_s=timeout_s, api_key=api_key) as client:
             return await method(client)
 
     return asyncio.run(run())
@@ -81,7 +88,8 @@ def test_the_request_has_sglangs_shape(server: FakeServer) -> None:
     [body] = server.bodies
     assert body["input_ids"] == [[1, 2], [4]]
     assert [params["sampling_seed"] for params in body["sampling_params"]] == [9, 8]
-    assert [rid[:2] for rid in body["rid"]] == ["r-", "s-"]
+    assert body["rid"] == ["r", "s"]
+    assert "return_routed_experts" not in body
     assert body["extra_key"] == "7"
     assert body["return_logprob"] is True
     assert "top_logprobs_num" not in body
@@ -100,18 +108,20 @@ def test_most_probable_ids_are_asked_for_once_for_all_samples(server: FakeServer
     assert server.bodies[0]["sampling_params"] == [{"temperature": 0.5}]
 
 
-def test_5xx_is_retried_with_a_new_request_id(server: FakeServer) -> None:
-    server.answers = [PlainTextResponse("busy", 503), PlainTextResponse("", 500), JSONResponse(OK)]
-    assert call(server.endpoint, generate, num_retries=2) == OK
-    assert len({body["rid"][0] for body in server.bodies}) == 3
-
-
-def test_5xx_until_the_retries_are_used_up(server: FakeServer) -> None:
-    server.answers = [PlainTextResponse("first line\nsecond line", 500)]
-    with pytest.raises(RolloutError) as caught:
-        call(server.endpoint, generate, num_retries=2)
-    assert str(caught.value) == f"{server.endpoint}/generate: HTTP 500: first line"
-    assert len(server.bodies) == 3
+@pytest.mark.parametrize(
+    ("answer", "kind", "reason"),
+    [
+        (PlainTextResponse("first line\nsecond line", 500), ServerFailureError, "HTTP 500: first line"),
+        (PlainTextResponse("", 503), ServerFailureError, r"HTTP 503: \(no body\)"),
+    ],
+)
+def test_5xx_may_be_tried_elsewhere(
+    server: FakeServer, answer: Response, kind: type[RetryableError], reason: str
+) -> None:
+    server.answers = [answer]
+    with pytest.raises(kind, match=f"^{server.endpoint}/generate: {reason}$"):
+        call(server.endpoint, generate)
+    assert len(server.bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,19 +132,19 @@ def test_5xx_until_the_retries_are_used_up(server: FakeServer) -> None:
         {"error": "input too long"},
     ],
 )
-def test_4xx_is_not_retried_and_shows_the_reason(server: FakeServer, body: dict[str, Any]) -> None:
+def test_4xx_is_the_requests_own_fault(server: FakeServer, body: dict[str, Any]) -> None:
     server.answers = [JSONResponse(body, 400)]
-    with pytest.raises(RolloutError, match=r"/generate: HTTP 400: input too long$"):
-        call(server.endpoint, generate, num_retries=5)
-    assert len(server.bodies) == 1
+    with pytest.raises(RolloutError, match=r"/generate: HTTP 400: input too long$") as caught:
+        call(server.endpoint, generate)
+    assert not isinstance(caught.value, RetryableError)
 
 
 def test_a_slow_answer_is_given_up_at_the_limit(server: FakeServer) -> None:
     server.answers = [JSONResponse(OK)]
     server.delay_s = 3.0
     start = time.monotonic()
-    with pytest.raises(RolloutError, match=r"/generate: no answer within 0.2 s"):
-        call(server.endpoint, generate, timeout_s=0.2, num_retries=3)
+    with pytest.raises(ServerTimeoutError, match=r"/generate: no answer within 0.2 s"):
+        call(server.endpoint, generate, timeout_s=0.2)
     assert time.monotonic() - start < 1.5
 
 
@@ -150,12 +160,12 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def test_an_absent_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_DELAY_S", 0.01)
+def test_an_absent_server_is_named() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(RolloutError, match=rf"{endpoint}/generate: cannot be reached: .*connect"):
-        call(endpoint, generate, num_retries=1)
+    with pytest.raises(UnreachableError, match=rf"{endpoint}/generate: cannot be reached: .*connect"):
+        call(endpoint, generate)
     assert call(endpoint, lambda client: client.is_healthy()) is False
+    assert call(endpoint, lambda client: client.generates(timeout_s=1.0)) is False
 
 
 def test_proxies_of_the_environment_are_ignored(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,3 +188,10 @@ def test_information_that_is_missing_is_an_error(server: FakeServer) -> None:
     server.answers = [JSONResponse({})]
     with pytest.raises(RolloutError, match=r"/model_info: the answer has no 'weight_version'"):
         call(server.endpoint, lambda client: client.weight_version())
+
+
+def test_the_key_goes_with_every_request(server: FakeServer) -> None:
+    server.answers = [JSONResponse({"weight_version": "5"})]
+    call(server.endpoint, lambda client: client.weight_version(), api_key="secret")
+    call(server.endpoint, lambda client: client.weight_version())
+    assert server.keys[-2:] == ["Bearer secret", None]

@@ -28,7 +28,9 @@ GOOD: dict[str, Any] = {
 
 def parse(response: Any, num_topk: int = 0) -> Completion:
     where = "http://server/generate: request r"
-    return parse_completion(response, newest_version=4, where=where, vocab_size=10, num_topk=num_topk)
+    return parse_completion(
+        response, oldest_version=2, newest_version=4, where=where, vocab_size=10, num_topk=num_topk
+    )
 
 
 def test_a_good_response() -> None:
@@ -141,8 +143,8 @@ BAD: list[tuple[Damage, str]] = [
         ),
         "response token 0 is the id -2",
     ),
-    (spans(("default", 0, 3)), "weight version 'default' is not one of the trainer's, 0..4"),
-    (spans((None, 0, 3)), "unknown policy version"),
+    (spans(("default", 0, 3)), "weight version 'default'; the request is for versions 2..4"),
+    (spans((None, 0, 3)), "no other token is used"),
     (spans(("5", 0, 3)), "weight version '5'"),
     (spans(("3", 0, 2), ("5", 2, 3)), "weight version '5'"),
     (spans(("-1", 0, 3)), "weight version '-1'"),
@@ -164,5 +166,5 @@ def test_a_bad_response_is_refused_with_server_and_request(damage: Damage, messa
 def test_a_missing_version_is_refused() -> None:
     response = copy.deepcopy(GOOD)
     del response["meta_info"]["weight_versions"], response["meta_info"]["weight_version"]
-    with pytest.raises(RolloutError, match="unknown policy version"):
+    with pytest.raises(RolloutError, match="no other token is used"):
         parse(response)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.embedded.runner import load_model
-from megatron_drpo.rollout.engine import RolloutEngine, sample_seed
+from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan, wait_until_ready
 from megatron_drpo.sequences import build_sequences
 from megatron_drpo.types import FinishReason, Prompt, RolloutGroup
 
@@ -47,12 +47,18 @@ def make_engine(tiny_moe: Path) -> Iterator[MakeEngine]:
     with ExitStack() as stack:
 
         def make(
-            endpoints: list[str], *, seed: int = 0, stop_token_ids: tuple[int, ...] = (1,), **fields: Any
+            endpoints: list[str],
+            *,
+            seed: int = 0,
+            stop_token_ids: tuple[int, ...] = (1,),
+            policy_version: int = 0,
+            **fields: Any,
         ) -> RolloutEngine:
             base = RolloutConfig(num_samples_per_prompt=3, max_response_tokens=20, num_retries=0)
             config = dataclasses.replace(base, **fields)
-            engine = RolloutEngine(config, endpoints, tokenizer, list(stop_token_ids), 64, seed)
+            engine = RolloutEngine(config, tokenizer, list(stop_token_ids), 64, seed)
             stack.callback(engine.close)
+            engine.set_servers(endpoints, policy_version)
             return engine
 
         yield make
@@ -74,7 +80,7 @@ def test_groups_come_in_order_with_true_logprobs(
     engine = make_engine(endpoints, temperature=0.8)
     prompts = make_prompts(6)
     finished: list[int] = []
-    groups = engine.generate(prompts, policy_version=2, step=0, on_progress=finished.append)
+    groups = engine.generate(prompts, SamplingPlan(step=0), finished.append)
     assert finished == [3, 6, 9, 12, 15, 18]
     assert [group.prompt for group in groups] == prompts
     model: PreTrainedModel = load_model(tiny_moe, torch.float32)
@@ -105,7 +111,7 @@ def test_most_probable_ids_against_a_float64_softmax(
     """Of the tempered distribution over the whole vocabulary, though top-p truncates what is sampled."""
     servers = [closed_endpoint] if deterministic else endpoints
     engine = make_engine(servers, temperature=0.8, top_p=0.9, deterministic=deterministic)
-    groups = engine.generate(make_prompts(4), policy_version=0, step=0, num_topk=5)
+    groups = engine.generate(make_prompts(4), SamplingPlan(step=0, num_topk=5))
     model: PreTrainedModel = load_model(tiny_moe, torch.float32)
     for rollout in (rollout for group in groups for rollout in group.rollouts):
         prompt, ids = rollout.prompt.token_ids, rollout.response_ids
@@ -120,7 +126,7 @@ def test_most_probable_ids_against_a_float64_softmax(
             ids, rollout.rollout_logprobs, rollout.topk_ids or [], rollout.topk_logprobs or [], strict=True
         ):
             assert token not in row_ids or row[row_ids.index(token)] == logprob
-    [plain, *_] = engine.generate(make_prompts(1), policy_version=0, step=0)
+    [plain, *_] = engine.generate(make_prompts(1), SamplingPlan(step=0))
     assert plain.rollouts[0].topk_ids is None
 
 
@@ -161,8 +167,8 @@ def test_an_answer_of_sglang(serve_app: Callable[[Any], str], make_engine: MakeE
         return JSONResponse([SGLANG_ANSWER] * len(bodies[-1]["input_ids"]))
 
     endpoint = serve_app(Starlette(routes=[Route("/generate", answer, methods=["POST"])]))
-    engine = make_engine([endpoint], num_samples_per_prompt=1)
-    [group] = engine.generate(make_prompts(1), policy_version=2, step=3, round_index=1, num_topk=3)
+    engine = make_engine([endpoint], policy_version=2, num_samples_per_prompt=1)
+    [group] = engine.generate(make_prompts(1), SamplingPlan(step=3, round_index=1, num_topk=3))
     assert bodies[0]["top_logprobs_num"] == 3
     assert bodies[0]["rid"][0].startswith("step3-round1-prompt10-sample0-")
     [rollout] = group.rollouts
@@ -175,45 +181,31 @@ def test_an_answer_of_sglang(serve_app: Callable[[Any], str], make_engine: MakeE
         sequence.topk_logprobs.exp(), torch.tensor([[0.5, 0.3, 0.1], [0.9, 0.05, 0.0]]), atol=1e-7, rtol=0
     )
     with pytest.raises(
-        RolloutError, match=r"request step3-prompt10-sample0: output_top_logprobs of response"
+        RolloutError, match=r"request step3-prompt10-sample0-.*: output_top_logprobs of response"
     ):
-        engine.generate(make_prompts(1), policy_version=2, step=3, num_topk=4)
+        engine.generate(make_prompts(1), SamplingPlan(step=3, num_topk=4))
 
 
 def test_seeds_decide_the_samples_wherever_they_run(endpoints: list[str], make_engine: MakeEngine) -> None:
     """Two servers or one, all prompts or some: the same tokens; another step or run seed: others."""
     prompts = make_prompts(4)
-    tokens = [ids for ids, _ in values(make_engine(endpoints).generate(prompts, policy_version=0, step=5))]
+    tokens = [ids for ids, _ in values(make_engine(endpoints).generate(prompts, SamplingPlan(step=5)))]
     engine = make_engine(endpoints[:1], max_concurrent_requests=1)
-    again = [ids for ids, _ in values(engine.generate(prompts[2:], policy_version=0, step=5))]
+    again = [ids for ids, _ in values(engine.generate(prompts[2:], SamplingPlan(step=5)))]
     assert again == tokens[6:]
     assert len({tuple(ids) for ids in tokens}) == len(tokens)
-    other_step = [ids for ids, _ in values(engine.generate(prompts, policy_version=0, step=6))]
+    other_step = [ids for ids, _ in values(engine.generate(prompts, SamplingPlan(step=6)))]
     other_run = [
-        ids for ids, _ in values(make_engine(endpoints, seed=1).generate(prompts, policy_version=0, step=5))
+        ids for ids, _ in values(make_engine(endpoints, seed=1).generate(prompts, SamplingPlan(step=5)))
     ]
     assert other_step != tokens
     assert other_run != tokens
 
 
-def test_sample_seeds_are_stable_across_releases() -> None:
-    """Golden values: a change here changes every run."""
-    assert sample_seed(0, 0, 0, 0) == 8662518681111019217
-    assert sample_seed(1, 22, 333, 4444) == 3342449704403661612
-    seeds = {sample_seed(0, s, p, i) for s in range(10) for p in range(10) for i in range(10)}
-    assert len(seeds) == 1000
-    assert sample_seed(5, 4, 3, 2, 0) == sample_seed(5, 4, 3, 2)
-    seeds |= {
-        sample_seed(0, s, p, i, r) for s in range(10) for p in range(10) for i in (0, 1) for r in (1, 2)
-    }
-    assert len(seeds) == 1400, "another round of the same step draws other samples"
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 def test_arguments_replace_the_configuration(endpoints: list[str], make_engine: MakeEngine) -> None:
     engine = make_engine(endpoints, stop_token_ids=())
     [group] = engine.generate(
-        make_prompts(1), policy_version=0, step=0, num_samples_per_prompt=5, temperature=0.0, top_p=0.5
+        make_prompts(1), SamplingPlan(step=0, num_samples_per_prompt=5, temperature=0.0, top_p=0.5)
     )
     assert len(group.rollouts) == 5
     assert len({tuple(rollout.response_ids) for rollout in group.rollouts}) == 1
@@ -221,10 +213,10 @@ def test_arguments_replace_the_configuration(endpoints: list[str], make_engine: 
 
 def test_configured_stop_tokens_are_added(endpoints: list[str], make_engine: MakeEngine) -> None:
     greedy = {"temperature": 0.0, "num_samples_per_prompt": 1}
-    [group] = make_engine(endpoints).generate(make_prompts(1), policy_version=0, step=0, **greedy)
+    [group] = make_engine(endpoints).generate(make_prompts(1), SamplingPlan(step=0, **greedy))
     free = group.rollouts[0].response_ids
     engine = make_engine(endpoints, stop_token_ids=[free[3]])
-    [group] = engine.generate(make_prompts(1), policy_version=0, step=0, **greedy)
+    [group] = engine.generate(make_prompts(1), SamplingPlan(step=0, **greedy))
     assert group.rollouts[0].response_ids == free[: free.index(free[3]) + 1]
 
 
@@ -233,9 +225,8 @@ def test_deterministic_rollouts_are_bit_equal_under_other_traffic(
 ) -> None:
     prompts = make_prompts(5)
     engine = make_engine([closed_endpoint], deterministic=True)
-    engine.wait_until_ready(5)
     finished: list[int] = []
-    quiet = engine.generate(prompts, policy_version=0, step=1, on_progress=finished.append)
+    quiet = engine.generate(prompts, SamplingPlan(step=1), finished.append)
     assert finished == [15]
     stop = threading.Event()
 
@@ -243,28 +234,28 @@ def test_deterministic_rollouts_are_bit_equal_under_other_traffic(
         with_noise = dataclasses.replace(noise._config, deterministic=False)
         noise._config = with_noise
         while not stop.is_set():
-            noise.generate(make_prompts(3), policy_version=0, step=0)
+            noise.generate(make_prompts(3), SamplingPlan(step=0))
 
     noise = make_engine([closed_endpoint], seed=9, max_response_tokens=7)
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
         for _ in range(3):
-            assert values(engine.generate(prompts, policy_version=0, step=1)) == values(quiet)
+            assert values(engine.generate(prompts, SamplingPlan(step=1))) == values(quiet)
     finally:
         stop.set()
         thread.join()
 
 
 def test_deterministic_needs_servers_started_for_it(endpoints: list[str], make_engine: MakeEngine) -> None:
-    with pytest.raises(RolloutError, match=rf"{endpoints[0]}: rollout.deterministic=true needs"):
-        make_engine(endpoints, deterministic=True).wait_until_ready(5)
+    with pytest.raises(RolloutError, match=r"http://.*: rollout.deterministic=true needs"):
+        make_engine(endpoints, deterministic=True)
 
 
 def test_no_prompts_no_requests(closed_endpoint: str, make_engine: MakeEngine) -> None:
     for deterministic in (False, True):
         engine = make_engine([closed_endpoint], deterministic=deterministic)
-        assert engine.generate([], policy_version=0, step=0) == []
+        assert engine.generate([], SamplingPlan(step=0)) == []
 
 
 def test_a_refusal_names_server_and_request(endpoints: list[str], make_engine: MakeEngine) -> None:
@@ -272,20 +263,36 @@ def test_a_refusal_names_server_and_request(endpoints: list[str], make_engine: M
     with pytest.raises(
         RolloutError, match=rf"{endpoints[0]}/generate: HTTP 400: request step3-prompt1\d-.*255"
     ):
-        engine.generate(make_prompts(3), policy_version=0, step=3)
+        engine.generate(make_prompts(3), SamplingPlan(step=3))
     engine = make_engine(endpoints, num_samples_per_prompt=1)
     outside = Prompt(id=7, text="", token_ids=(64,))
-    with pytest.raises(RolloutError, match="step3-prompt7-sample0: input id 64"):
-        engine.generate([outside], policy_version=0, step=3)
+    with pytest.raises(RolloutError, match=r"step3-prompt7-sample0-.*: input id 64"):
+        engine.generate([outside], SamplingPlan(step=3))
 
 
 def test_a_server_that_is_not_there(make_engine: MakeEngine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         endpoint = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    engine = make_engine([endpoint])
     start = time.monotonic()
     with pytest.raises(RolloutError, match=rf"{endpoint}: /health did not answer within 0.3 s"):
-        engine.wait_until_ready(0.3)
+        wait_until_ready(RolloutConfig(startup_timeout_s=0.3), [endpoint])
     assert time.monotonic() - start < 2
     with pytest.raises(RolloutError, match=rf"{endpoint}/generate: cannot be reached"):
-        engine.generate(make_prompts(2), policy_version=0, step=0)
+        make_engine([endpoint]).generate(make_prompts(2), SamplingPlan(step=0))
+    waits = make_engine([endpoint], num_retries=5, no_server_timeout_s=0.5)
+    with pytest.raises(RolloutError, match=rf"no_server_timeout_s=0.5: {endpoint}: 0 .*suspended: .*reached"):
+        waits.generate(make_prompts(2), SamplingPlan(step=0))
+
+
+def test_requests_of_a_server_that_leaves_go_elsewhere(endpoints: list[str], make_engine: MakeEngine) -> None:
+    """The samples are the same: seeds do not depend on the server or on the attempt."""
+    plan = SamplingPlan(step=4)
+    expected = values(make_engine(endpoints).generate(make_prompts(6), plan))
+    engine = make_engine(endpoints[:1])
+    pending = engine.submit(make_prompts(6), plan)
+    engine.set_servers(endpoints[1:], 0)
+    assert [ids for ids, _ in values([group.future.result(30) for group in pending])] == [
+        ids for ids, _ in expected
+    ]
+    assert endpoints[1] in engine.describe()
+    assert endpoints[0] not in engine.describe()
