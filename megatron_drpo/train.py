@@ -43,6 +43,7 @@ from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
+from megatron_drpo.watchdog import Watchdog
 from megatron_drpo.weight_sync.control import FleetControl
 from megatron_drpo.weight_sync.push import WeightPusher
 
@@ -57,6 +58,7 @@ def run(config: Config) -> None:
     device = platform.prepare(RankInfo.from_environment().local_rank)
     parallel = initialise_parallel(config.parallel, platform.backend, device)
     with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.deadlines, config.run_dir))
         progress = writer = None
         if parallel.is_main:
             writer = stack.enter_context(
@@ -69,6 +71,8 @@ def run(config: Config) -> None:
             _print_banner(config, platform, policy)
         is_rl = config.train.mode is Mode.rl
         engine = _build_engine(config, policy, stack) if is_rl and parallel.is_leader else None
+        if engine is not None:
+            watchdog.describe = engine.describe
         publisher = _build_publisher(config, policy, engine, stack) if is_rl else None
         wait = CollectiveWait(publisher)
         share = experience = evaluator = None
@@ -87,6 +91,7 @@ def run(config: Config) -> None:
             wait=wait,
             writer=writer,
             progress=progress,
+            watchdog=watchdog,
         ).run()
     if parallel.is_main:
         _write_summary(config)

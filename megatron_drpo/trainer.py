@@ -32,6 +32,7 @@ from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.publish import WeightPublisher
 from megatron_drpo.types import MicroBatch
+from megatron_drpo.watchdog import Watchdog
 
 Metrics = dict[str, float | str | list[float]]
 
@@ -45,6 +46,7 @@ class Trainer:
         publisher: on every rank, in rl mode.
         wait: on every rank.
         writer, progress: on global rank 0.
+        watchdog: on every rank.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Trainer:
         wait: CollectiveWait,
         writer: MetricsWriter | None,
         progress: Progress | None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -71,11 +74,14 @@ class Trainer:
         self.wait = wait
         self.writer = writer
         self.progress = progress
+        self.watchdog = watchdog
         self.state = RunState()
         self.timer = StepTimer()
         self.alarm = TrustRegionAlarm()
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
+        self.current_step = 0
+        """Counted from 1: the step that runs, or the last one finished."""
 
     def run(self) -> None:
         """From where the run stands to `train.num_steps`, then the final export."""
@@ -102,6 +108,7 @@ class Trainer:
             )
 
     def _step(self, step: int) -> Metrics:
+        self.current_step = step + 1
         self._phase("rollout" if self.config.train.mode is Mode.rl else "data")
         experience = self._collect(step)
         self._phase("update")
@@ -195,6 +202,7 @@ class Trainer:
         if path is not None:
             self._phase("loading the checkpoint")
             self.state = self.checkpointer.load(path, self.policy)
+            self.current_step = self.state.step
             if self.share is not None:
                 self.share.source.load_state_dict(self.state.cursor)
             if self.progress is not None:
@@ -219,6 +227,8 @@ class Trainer:
     def _phase(self, name: str) -> None:
         if self.progress is not None:
             self.progress.phase(name)
+        if self.watchdog is not None:
+            self.watchdog.begin(name, self.current_step)
 
     def _report(self, step: int, metrics: Metrics) -> None:
         if self.writer is not None:
