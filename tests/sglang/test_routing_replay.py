@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def sequences(
     return built
 
 
+def keep_map(used: list[tuple[bool, torch.Tensor]], _: object, __: object, output: Any) -> None:
+    """A router's forward hook: its output is (probabilities, map of the experts taken)."""
+    used.append((torch.is_grad_enabled(), output[1]))
+
+
 def run(config: Config, sequences: list[TrainSequence]) -> dict[str, Any]:
     """Score and update; how many choices of this rank's routers were those of the sequences."""
     platform = build_platform(PlatformName.cpu)
@@ -116,9 +122,7 @@ def run(config: Config, sequences: list[TrainSequence]) -> dict[str, Any]:
         for module in unwrap(chunk).modules():
             if isinstance(module, TopKRouter):
                 used = maps.setdefault(int(module.layer_number or 0) - 1, [])
-                module.register_forward_hook(
-                    lambda _, __, output, used=used: used.append((torch.is_grad_enabled(), output[1]))
-                )
+                module.register_forward_hook(partial(keep_map, used))
     policy.forward_backward(micro_batches)
     counts = [compare(policy, micro_batches, layer, used) for layer, used in maps.items()]
     return {
