@@ -78,7 +78,7 @@ def build_sequences(
             loss_mask=mask_R,
             topk_ids=topk_R[0],
             topk_logprobs=topk_R[1],
-            routes=route_check and route_check.check(number, rollouts[number]),
+            routes=None if route_check is None else route_check.check(number, rollouts[number]),
         )
         for number, (ids_L, advantages_R, logprobs_R, mask_R, topk_R) in enumerate(columns)
         if len(mask_R) > 0

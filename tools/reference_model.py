@@ -31,6 +31,7 @@ class ReferenceModel:
         self.router_margin = math.inf
         """Smallest distance, over all calls so far, between the router's logits of the last expert that was
         chosen and the first that was not: how far a rounding error may go without changing the choice."""
+        self._chosen: list[Tensor] = []
         self.num_layers = config.get("num_hidden_layers", int)
         self.num_heads = config.get("num_attention_heads", int)
         self.num_groups = config.get("num_key_value_heads", int)
@@ -43,17 +44,33 @@ class ReferenceModel:
             self.num_experts_per_token = config.get("num_experts_per_tok", int)
             self.renormalise = config.get("norm_topk_prob", bool, False)
 
-    def logits(self, token_ids_L: Tensor) -> Tensor:
-        """[L, V]: row t predicts token t + 1."""
+    def logits(self, token_ids_L: Tensor, routes: Tensor | None = None) -> Tensor:
+        """[L, V]: row t predicts token t + 1.
+
+        Args:
+            routes: [L-1, M, K] experts to take instead of the most probable ones, of each token but the last
+                in each of the M layers that have experts.
+        """
+        routes_of = {layer: index for index, layer in enumerate(sorted(self.moe_layers))}
         x_LH = self.parameters["model.embed_tokens.weight"][token_ids_L]
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
             x_LH = x_LH + self._attention(self._norm(x_LH, f"{prefix}input_layernorm"), f"{prefix}self_attn.")
             y_LH = self._norm(x_LH, f"{prefix}post_attention_layernorm")
-            mlp = self._experts if layer in self.moe_layers else self._swiglu
-            x_LH = x_LH + mlp(y_LH, f"{prefix}mlp.")
+            if layer in self.moe_layers:
+                forced = None if routes is None else routes[:, routes_of[layer]].long()
+                x_LH = x_LH + self._experts(y_LH, f"{prefix}mlp.", forced)
+            else:
+                x_LH = x_LH + self._swiglu(y_LH, f"{prefix}mlp.")
         head = "model.embed_tokens" if self.is_tied else "lm_head"
         return self._linear(self._norm(x_LH, "model.norm"), head)
+
+    @torch.no_grad()
+    def choices(self, token_ids_L: Tensor) -> Tensor:
+        """[L, M, K]: the experts that each token goes to by itself."""
+        self._chosen = []
+        self.logits(token_ids_L)
+        return torch.stack(self._chosen, 1)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return x @ self.parameters[f"{name}.weight"].T
@@ -91,7 +108,7 @@ class ReferenceModel:
         gate, up = self._linear(x_LH, f"{prefix}gate_proj"), self._linear(x_LH, f"{prefix}up_proj")
         return self._linear(gate * gate.sigmoid() * up, f"{prefix}down_proj")
 
-    def _experts(self, x_LH: Tensor, prefix: str) -> Tensor:
+    def _experts(self, x_LH: Tensor, prefix: str, forced: Tensor | None) -> Tensor:
         """Softmax over all experts, then the K most probable; their weights are made to sum to 1 or not."""
         router_LE = self._linear(x_LH, f"{prefix}gate")
         ordered_LE = router_LE.detach().sort(-1, descending=True).values
@@ -99,7 +116,11 @@ class ReferenceModel:
             :, self.num_experts_per_token - 1 : self.num_experts_per_token + 1
         ].T
         self.router_margin = min(self.router_margin, float((last - first_left_out).min()))
-        weights_LK, experts_LK = router_LE.softmax(-1).topk(self.num_experts_per_token)
+        experts_LK = router_LE.topk(self.num_experts_per_token).indices
+        if forced is not None:
+            experts_LK = torch.cat([forced, experts_LK[len(forced) :]])
+        self._chosen.append(experts_LK)
+        weights_LK = router_LE.softmax(-1).gather(-1, experts_LK)
         if self.renormalise:
             weights_LK = weights_LK / weights_LK.sum(-1, keepdim=True)
         output_LH = torch.zeros_like(x_LH)

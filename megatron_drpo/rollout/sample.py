@@ -76,7 +76,7 @@ class Sample:
     def add(self, completion: Completion, server: str) -> None:
         """Take in what the latest request brought; an abort without a token leaves things as they were."""
         self.server = server
-        if self.segments and not completion.token_ids:
+        if completion.finish_reason is FinishReason.abort and not completion.token_ids:
             return
         self.segments.append(completion)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -193,6 +193,8 @@ def test_resume_of_context_ranks(
 def publish(_: Path) -> float:
     """One rank: when `_publish_weights` returned, or, on rank 0, when the servers had the weights."""
     from megatron_drpo.checkpoint import Checkpointer
+    from megatron_drpo.collective_wait import CollectiveWait
+    from megatron_drpo.publish import WeightPublisher
     from megatron_drpo.trainer import Trainer
 
     class NoWeights:
@@ -201,12 +203,15 @@ def publish(_: Path) -> float:
 
     pushed: list[float] = []
 
-    class SlowPusher:
-        def push(self, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> None:
+    class SlowControl:
+        messages: ClassVar[list[str]] = []
+
+        def push(self, tensors: Iterator[tuple[str, torch.Tensor]], policy_version: int) -> list[str]:
             time.sleep(0.5)
             pushed.append(time.monotonic())
+            return ["http://server"]
 
-    pusher: Any = SlowPusher()
+    control: Any = SlowControl()
     rank = torch.distributed.get_rank()
     config = Config(data=DataConfig(train_path="unused"), policy=PolicyConfig(model_path="unused"))
     policy: Any = NoWeights()
@@ -217,7 +222,8 @@ def publish(_: Path) -> float:
         share=None,
         experience=None,
         evaluator=None,
-        pusher=pusher if rank == 0 else None,
+        publisher=WeightPublisher(policy, control=control if rank == 0 else None, engine=None),
+        wait=CollectiveWait(None),
         writer=None,
         progress=None,
     )

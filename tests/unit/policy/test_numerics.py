@@ -128,8 +128,8 @@ def test_a_failure_that_does_not_come_back(
 
     def spoil_once(results: Any) -> Any:
         calls.append(results)
-        loss, diagnostics = reduce(results)
-        return (torch.nan if len(calls) == 1 else loss), diagnostics
+        loss, diagnostics, agreement = reduce(results)
+        return (torch.nan if len(calls) == 1 else loss), diagnostics, agreement
 
     monkeypatch.setattr(policy, "reduce", spoil_once)
     assert "both are finite: suspect the machine" in fail(policy, make_sequences(LENGTHS))

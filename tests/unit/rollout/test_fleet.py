@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 
 
 def make_fleet(model_path: Path, run_dir: Path, **fields: Any) -> Fleet:
-    fleet = FleetConfig(**{"restart_backoff_s": 0.1, "health_interval_s": 0.3, **fields})
+    fleet = dataclasses.replace(FleetConfig(restart_backoff_s=0.1, health_interval_s=0.3), **fields)
     config = RolloutConfig(
         embedded=EmbeddedServerConfig(num_slots=2, num_threads=1), deterministic=True, fleet=fleet
     )

@@ -1,0 +1,119 @@
+"""Routes that are missing or cannot be right."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_drpo.config import OnBadRoutes
+from megatron_drpo.errors import DataError, RolloutError
+from megatron_drpo.packing import pack
+from megatron_drpo.rollout.completion import RouteShape, parse_completion
+from megatron_drpo.routes import RouteCheck
+from megatron_drpo.sequences import build_sequences
+from megatron_drpo.types import FinishReason, Prompt, Rollout
+
+ROUTES = torch.tensor([[[0, 1], [2, 3]], [[3, 0], [1, 0]], [[1, 2], [0, 3]]], dtype=torch.uint8)
+"""Of 3 of 4 tokens, in 2 layers, 2 of 4 experts."""
+
+
+def make_rollout(routes: torch.Tensor | None) -> Rollout:
+    return Rollout(
+        prompt=Prompt(id=6, text="", token_ids=(5, 6)),
+        sample_index=1,
+        response_ids=[7, 8],
+        rollout_logprobs=[-1.0, -2.0],
+        policy_versions=[0, 0],
+        finish_reason=FinishReason.stop,
+        text="",
+        routes=routes,
+    )
+
+
+def spoilt(token: int, layer: int, experts: list[int]) -> torch.Tensor:
+    routes = ROUTES.to(torch.int16).clone()
+    routes[token, layer] = torch.tensor(experts, dtype=torch.int16)
+    return routes
+
+
+@pytest.mark.parametrize(
+    ("routes", "problem"),
+    [
+        (None, "the server reported no routed experts: start it with --enable-return-routed-experts"),
+        (ROUTES[:2], "routes of 2 tokens, expected 3: of all but the last one"),
+        (
+            spoilt(2, 1, [4, 0]),
+            r"token 2 goes to experts \[4, 0\] in mixture-of-experts layer 1: expected distinct",
+        ),
+        (spoilt(0, 0, [-1, 0]), r"token 0 goes to experts \[-1, 0\] in mixture-of-experts layer 0"),
+        (spoilt(1, 0, [3, 3]), r"token 1 goes to experts \[3, 3\] in mixture-of-experts layer 0"),
+    ],
+)
+def test_bad_routes_are_named_or_left_to_the_router(routes: torch.Tensor | None, problem: str) -> None:
+    rollout = make_rollout(routes)
+    strict = RouteCheck(num_experts=4, on_bad=OnBadRoutes.error)
+    with pytest.raises(DataError, match=rf"^sequence 5, prompt 6 \(line 7\), sample 1: {problem}"):
+        strict.check(5, rollout)
+    assert RouteCheck(num_experts=4, on_bad=OnBadRoutes.fallback).check(5, rollout) is None
+    assert strict.check(5, make_rollout(ROUTES)) is ROUTES
+
+
+def test_routes_are_packed_where_their_tokens_are() -> None:
+    """The last token of a sequence, a sequence without routes and padding are left to the router."""
+    check = RouteCheck(num_experts=4, on_bad=OnBadRoutes.fallback)
+    rollouts = [make_rollout(ROUTES), make_rollout(None), make_rollout(ROUTES)]
+    sequences = build_sequences(rollouts, torch.ones(3), [False] * 3, vocab_size=10, route_check=check)
+    batch = pack(sequences, [torch.ones(2)] * 3, pad_to_multiple=16)
+    assert batch.routes_TMK is not None
+    assert batch.has_routes_T is not None
+    assert batch.routes_TMK.dtype is torch.uint8
+    assert batch.has_routes_T.tolist() == [True] * 3 + [False] * 5 + [True] * 3 + [False] * 5
+    assert torch.equal(batch.routes_TMK[0:3], ROUTES)
+    assert torch.equal(batch.routes_TMK[8:11], ROUTES)
+    plain = pack(
+        build_sequences(rollouts, torch.ones(3), [False] * 3, vocab_size=10),
+        [torch.ones(2)] * 3,
+        pad_to_multiple=16,
+    )
+    assert plain.routes_TMK is plain.has_routes_T is None
+
+
+SHAPE = RouteShape(moe_layers=(0, 2), num_layers=3, num_experts=4, num_experts_per_token=2)
+
+
+def parse(encoded: str | None, shape: RouteShape = SHAPE) -> Any:
+    meta = {
+        "completion_tokens": 1,
+        "finish_reason": {"type": "stop"},
+        "weight_version": "0",
+        "output_token_logprobs": [[-0.5, 5, None]],
+        "routed_experts": encoded,
+    }
+    response = {"output_ids": [5], "meta_info": meta}
+    return parse_completion(
+        response, oldest_version=0, newest_version=0, where="here", vocab_size=10, route_shape=shape
+    ).routes
+
+
+def encode(values: torch.Tensor) -> str:
+    return base64.b64encode(values.to(torch.int32).numpy().tobytes()).decode()
+
+
+def test_a_server_tells_all_layers_and_those_with_experts_are_kept() -> None:
+    values = torch.tensor([[[0, 1], [9, 9], [2, 3]], [[3, 2], [9, 9], [1, 0]]])
+    routes = parse(encode(values))
+    assert routes.dtype is torch.uint8
+    assert routes.tolist() == [[[0, 1], [2, 3]], [[3, 2], [1, 0]]]
+    assert parse(None) is None
+    wide = RouteShape(moe_layers=(0, 2), num_layers=3, num_experts=300, num_experts_per_token=2)
+    assert parse(encode(values + 256), wide).tolist() == [[[256, 257], [258, 259]], [[259, 258], [257, 256]]]
+    assert parse(encode(values - 4)).min() < 0, "a wrong id does not become a right one"
+
+
+@pytest.mark.parametrize("encoded", ["", "AAAA", encode(torch.zeros(5))])
+def test_another_form_is_refused(encoded: str) -> None:
+    with pytest.raises(RolloutError, match=r"^here: routed_experts are not int32 \[_, 3, 2\]"):
+        parse(encoded)
