@@ -26,6 +26,7 @@ from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.prometheus import PrometheusServer
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
@@ -45,7 +46,7 @@ class Trainer:
         evaluator: on replica leaders, if evaluation is on.
         publisher: on every rank, in rl mode.
         wait: on every rank.
-        writer, progress: on global rank 0.
+        writer, progress, prometheus: on global rank 0.
         watchdog: on every rank.
     """
 
@@ -63,6 +64,7 @@ class Trainer:
         writer: MetricsWriter | None,
         progress: Progress | None,
         watchdog: Watchdog | None = None,
+        prometheus: PrometheusServer | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -75,6 +77,7 @@ class Trainer:
         self.writer = writer
         self.progress = progress
         self.watchdog = watchdog
+        self.prometheus = prometheus
         self.state = RunState()
         self.timer = StepTimer()
         self.alarm = TrustRegionAlarm()
@@ -233,6 +236,8 @@ class Trainer:
     def _report(self, step: int, metrics: Metrics) -> None:
         if self.writer is not None:
             self.writer.write(step, metrics)
+        if self.prometheus is not None:
+            self.prometheus.write(step, metrics, policy_version=self.state.policy_version)
         if self.progress is not None:
             self.progress.step(step, metrics)
             if "alarm" in metrics:

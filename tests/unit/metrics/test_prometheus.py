@@ -84,5 +84,7 @@ def test_two_runs_cannot_share_a_port() -> None:
 
 
 def test_an_address_that_is_not_this_machine_s() -> None:
-    with pytest.raises(ConfigError, match=r"metrics\.prometheus_port=9400: cannot listen on 192\.0\.2\.1:9400"):
+    with pytest.raises(
+        ConfigError, match=r"metrics\.prometheus_port=9400: cannot listen on 192\.0\.2\.1:9400"
+    ):
         PrometheusServer("192.0.2.1", 9400)
