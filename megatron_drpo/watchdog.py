@@ -185,6 +185,7 @@ class Watchdog:
 
     def _expire(self) -> NoReturn:
         """End the run, or leave that to the rank that was first."""
+        own = self._look()
         others: list[RankPhase] = []
         silent: dict[int, RankPhase | None] = {}
         if self._peers is not None:
@@ -192,7 +193,6 @@ class Watchdog:
                 if not self._peers.end():
                     self._answer(self._peers)
                 others, silent = self._peers.collect(self._answer_s)
-        own = self._look()
         self._dump()
         for last in silent.values():
             if last is not None and last.host == own.host:
@@ -330,7 +330,9 @@ def explain(late: RankPhase, others: Sequence[RankPhase], silent: Mapping[int, R
         who = f"ranks {names} wait" if len(waiting) > 1 else f"rank {names} waits"
         clauses.append(f"{who} for it, in {waiting[0].label}")
     if not culprits and not silent and others:
-        clauses.append("so are all other ranks, in the same phase")
+        clauses.append("all other ranks are in the same phase")
+        told = [r for r in ranks if r.waits_for and r.rank != late.rank]
+        clauses += [f"rank {r.rank}: {r.waits_for}" for r in told[:_MAX_NAMED]]
     return f"{head}: {'; '.join(clauses)}"
 
 

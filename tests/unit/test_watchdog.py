@@ -245,11 +245,12 @@ def test_the_late_rank_itself_is_what_the_others_wait_for() -> None:
 
 
 def test_all_ranks_are_at_the_same_place() -> None:
-    ranks = [rank_phase(rank, place="policy.py:9 train_step") for rank in range(3)]
+    place = "policy.py:9 train_step"
+    ranks = [rank_phase(rank, place=place, waits_for="2 groups" if rank == 1 else "") for rank in range(3)]
     assert find_culprits(ranks) == []
     assert explain(ranks[2], ranks[:2], {}) == (
         "phase 'update' of step 2 has taken 5 s (deadlines.update_s=4): it is at policy.py:9 train_step; "
-        "so are all other ranks, in the same phase"
+        "all other ranks are in the same phase; rank 1: 2 groups"
     )
 
 
