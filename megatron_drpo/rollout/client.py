@@ -40,8 +40,8 @@ class ServerLoad:
     """Requests that are decoded."""
     num_queued: int
     """Requests that wait for room."""
-    tokens_per_s: float
-    """Generated lately."""
+    tokens_per_s: float | None
+    """Generated lately; None: not measured. SGLang measures it with --enable-metrics alone."""
 
 
 class SGLangClient:
@@ -168,10 +168,14 @@ class SGLangClient:
         except RolloutError:  # 404
             return None
         loads = answer_field(answer, "loads", where)
+        num_running, num_queued, tokens_per_s = (
+            sum(answer_field(load, name, where) for load in loads)
+            for name in ("num_running_reqs", "num_waiting_reqs", "gen_throughput")
+        )
         return ServerLoad(
-            num_running=sum(answer_field(load, "num_running_reqs", where) for load in loads),
-            num_queued=sum(answer_field(load, "num_waiting_reqs", where) for load in loads),
-            tokens_per_s=sum(answer_field(load, "gen_throughput", where) for load in loads),
+            num_running=num_running,
+            num_queued=num_queued,
+            tokens_per_s=tokens_per_s if tokens_per_s or not num_running else None,
         )
 
     # -------------------------------------------------------------------------------- transport

@@ -36,7 +36,7 @@ def _policy_version(report: ServerReport) -> float | None:
 
 
 def _from_load(name: str) -> Callable[[ServerReport, float], float | None]:
-    return lambda report, _: None if report.load is None else float(getattr(report.load, name))
+    return lambda report, _: None if report.load is None else getattr(report.load, name)
 
 
 GAUGES: dict[str, tuple[str, Callable[[ServerReport, float], float | None]]] = {

@@ -218,7 +218,7 @@ def _row(server: ServerReport) -> list[str | Text]:
         server.policy_version or _UNKNOWN,
         _UNKNOWN if load is None else str(load.num_running),
         _UNKNOWN if load is None else str(load.num_queued),
-        _UNKNOWN if load is None else f"{load.tokens_per_s:,.0f}",
+        _UNKNOWN if load is None or load.tokens_per_s is None else f"{load.tokens_per_s:,.0f}",
         str(state.num_failures),
         str(state.num_restarts),
         _UNKNOWN if age_s is None else _age(age_s),

@@ -19,6 +19,7 @@ from megatron_drpo.rollout.client import (
     RetryableError,
     SampleRequest,
     ServerFailureError,
+    ServerLoad,
     ServerTimeoutError,
     SGLangClient,
     UnreachableError,
@@ -195,3 +196,29 @@ def test_the_key_goes_with_every_request(server: FakeServer) -> None:
     call(server.endpoint, lambda client: client.weight_version(), api_key="secret")
     call(server.endpoint, lambda client: client.weight_version())
     assert server.keys[-2:] == ["Bearer secret", None]
+
+
+def load_answer(*loads: tuple[int, int, float]) -> Response:
+    keys = ("num_running_reqs", "num_waiting_reqs", "gen_throughput")
+    return JSONResponse({"loads": [dict(zip(keys, load, strict=True)) for load in loads]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "load"),
+    [
+        (load_answer((3, 1, 10.5), (4, 0, 2.0)), ServerLoad(num_running=7, num_queued=1, tokens_per_s=12.5)),
+        (load_answer((64, 2, 0.0)), ServerLoad(num_running=64, num_queued=2, tokens_per_s=None)),
+        (load_answer((0, 0, 0.0)), ServerLoad(num_running=0, num_queued=0, tokens_per_s=0.0)),
+        (JSONResponse({"detail": "Not Found"}, status_code=404), None),
+    ],
+)
+def test_load(server: FakeServer, answer: Response, load: ServerLoad | None) -> None:
+    """Over all schedulers. SGLang 0.5.23 without --enable-metrics says 0 tokens per second all the time."""
+    server.answers = [answer]
+    assert call(server.endpoint, SGLangClient.load) == load
+
+
+def test_load_of_a_server_that_fails(server: FakeServer) -> None:
+    server.answers = [JSONResponse({"error": "busy"}, status_code=500)]
+    with pytest.raises(ServerFailureError):
+        call(server.endpoint, SGLangClient.load)
