@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
+from megatron_drpo.config import Config
 from megatron_drpo.config_io import load_config, to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError
 from megatron_drpo.upstream_warnings import ignore_expected_warnings
@@ -18,6 +21,7 @@ usage:
   megatron-drpo report RUN_DIR                                 write report.png and rollouts/index.html again
   megatron-drpo fleet up [config=run.yaml] [key.sub=value ...] start the rollout servers and look after them
   megatron-drpo fleet down RUN_DIR                             end them
+  megatron-drpo fleet status [RUN_DIR] [--watch] [--json]      which are up, with which weights, how busy
 
 On a cluster the ranks are started by its own means: torchrun ... -m megatron_drpo.train config=run.yaml
 """
@@ -78,14 +82,42 @@ def _report(arguments: list[str]) -> None:
 
 def _fleet(arguments: list[str]) -> None:
     command, *rest = arguments or [""]
+    commands = {"up": _fleet_up, "down": _fleet_down, "status": _fleet_status}
+    if command not in commands:
+        raise ConfigError(f"fleet {command}: expected fleet up, fleet down or fleet status")
+    commands[command](rest)
+
+
+def _fleet_up(arguments: list[str]) -> None:
     from megatron_drpo.rollout import fleet_command
 
-    if command == "up":
-        fleet_command.up(load_config(rest))
-    elif command == "down" and len(rest) == 1:
-        fleet_command.down(rest[0])
-    else:
-        raise ConfigError(f"fleet {' '.join(arguments)}: expected fleet up [...] or fleet down RUN_DIR")
+    fleet_command.up(load_config(arguments))
+
+
+def _fleet_down(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ConfigError("fleet down: expected one run folder, or a fleet.json")
+    from megatron_drpo.rollout import fleet_command
+
+    fleet_command.down(arguments[0])
+
+
+def _fleet_status(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="megatron-drpo fleet status")
+    parser.add_argument(
+        "run_dir", nargs="?", default=Config.run_dir, help="or its fleet.json; default: %(default)s"
+    )
+    parser.add_argument("--watch", action="store_true", help="show it again each second, until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--api-key-env", metavar="NAME", help="as rollout.api_key_env of the run")
+    options = parser.parse_args(arguments)
+    from megatron_drpo.rollout import fleet_status
+
+    name = options.api_key_env
+    key = None if name is None else os.environ.get(name)
+    if name is not None and not key:
+        raise ConfigError(f"--api-key-env {name}: that environment variable is not set")
+    fleet_status.status(options.run_dir, watch=options.watch, as_json=options.json, api_key=key)
 
 
 if __name__ == "__main__":

@@ -681,15 +681,43 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class DeadlinesConfig:
+    """How long a rank may stay in one phase; 0: as long as it likes. A phase that takes longer ends the run,
+    with a message that says which rank waits for which, and with every rank's stacks (`watchdog.py`).
+
+    A rank that waits in a single collective for parallel.timeout_s stops earlier, and names nobody.
+    """
+
+    start_s: float = 3600.0
+    """From the process group to the first phase: building and loading the model, reading prompts."""
+    rollout_s: float = 7200.0
+    update_s: float = 3600.0
+    weight_sync_s: float = 1800.0
+    checkpoint_s: float = 3600.0
+    """Saving or loading a checkpoint, or the final export."""
+    evaluation_s: float = 7200.0
+
+    def problems(self) -> Problems:
+        yield from _at_least(self, "deadlines", 0, *(f.name for f in fields(self)))
+
+
+@dataclass(kw_only=True)
 class MetricsConfig:
     tensorboard: bool = True
     num_rollouts_dumped: int = 32
     """Rollouts per step written to run_dir/rollouts, for reading."""
     progress: bool = True
     """Live display on a terminal; plain lines otherwise."""
+    prometheus_port: int | None = None
+    """Port at which rank 0 answers GET /metrics for Prometheus; not given: none."""
+    prometheus_host: str = "127.0.0.1"
+    """Where it listens; 0.0.0.0 for a Prometheus on another machine."""
 
     def problems(self) -> Problems:
         yield from _at_least(self, "metrics", 0, "num_rollouts_dumped")
+        port = self.prometheus_port
+        if port is not None and not 1 <= port <= 65535:
+            yield f"metrics.prometheus_port={port}: must be in 1..65535"
 
 
 @dataclass(kw_only=True)
@@ -711,6 +739,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
 
     def __post_init__(self) -> None:
         problems = list(self.problems())

@@ -62,5 +62,9 @@ class NumericsError(DrpoError, ArithmeticError):
     """A non-finite loss, gradient or logprob; names the rank and the place."""
 
 
+class DeadlineError(DrpoError, TimeoutError):
+    """A phase of a run took longer than its deadline; names the ranks and servers that are waited for."""
+
+
 class RankError(DrpoError, RuntimeError):
     """A training process stopped; it has already said why."""

@@ -28,6 +28,7 @@ from megatron_drpo.experience import (
 from megatron_drpo.lifetime import SUPERVISOR_PID, die_with_parent
 from megatron_drpo.losses.registry import build_loss
 from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.prometheus import PrometheusServer
 from megatron_drpo.metrics.report import write_report
 from megatron_drpo.metrics.rollout_dump import write_index
 from megatron_drpo.metrics.writer import MetricsWriter
@@ -40,9 +41,11 @@ from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
+from megatron_drpo.rollout.fleet_metrics import FleetWatch
 from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
+from megatron_drpo.watchdog import Watchdog
 from megatron_drpo.weight_sync.control import FleetControl
 from megatron_drpo.weight_sync.push import WeightPusher
 
@@ -57,8 +60,10 @@ def run(config: Config) -> None:
     device = platform.prepare(RankInfo.from_environment().local_rank)
     parallel = initialise_parallel(config.parallel, platform.backend, device)
     with ExitStack() as stack:
-        progress = writer = None
+        watchdog = stack.enter_context(Watchdog(config.deadlines, config.run_dir))
+        progress = writer = prometheus = None
         if parallel.is_main:
+            prometheus = _serve_metrics(config, stack)
             writer = stack.enter_context(
                 MetricsWriter(config.run_dir, tensorboard=config.metrics.tensorboard)
             )
@@ -69,6 +74,8 @@ def run(config: Config) -> None:
             _print_banner(config, platform, policy)
         is_rl = config.train.mode is Mode.rl
         engine = _build_engine(config, policy, stack) if is_rl and parallel.is_leader else None
+        if engine is not None:
+            watchdog.describe = engine.describe
         publisher = _build_publisher(config, policy, engine, stack) if is_rl else None
         wait = CollectiveWait(publisher)
         share = experience = evaluator = None
@@ -87,11 +94,23 @@ def run(config: Config) -> None:
             wait=wait,
             writer=writer,
             progress=progress,
+            watchdog=watchdog,
+            prometheus=prometheus,
         ).run()
     if parallel.is_main:
         _write_summary(config)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _serve_metrics(config: Config, stack: ExitStack) -> PrometheusServer | None:
+    metrics = config.metrics
+    if metrics.prometheus_port is None:
+        return None
+    server = stack.enter_context(PrometheusServer(metrics.prometheus_host, metrics.prometheus_port))
+    if config.train.mode is Mode.rl:
+        stack.enter_context(FleetWatch(config.rollout, server))
+    return server
 
 
 def _build_engine(config: Config, policy: Policy, stack: ExitStack) -> RolloutEngine:

@@ -26,12 +26,14 @@ from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.prometheus import PrometheusServer
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.publish import WeightPublisher
 from megatron_drpo.types import MicroBatch
+from megatron_drpo.watchdog import Watchdog
 
 Metrics = dict[str, float | str | list[float]]
 
@@ -44,7 +46,8 @@ class Trainer:
         evaluator: on replica leaders, if evaluation is on.
         publisher: on every rank, in rl mode.
         wait: on every rank.
-        writer, progress: on global rank 0.
+        writer, progress, prometheus: on global rank 0.
+        watchdog: on every rank.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class Trainer:
         wait: CollectiveWait,
         writer: MetricsWriter | None,
         progress: Progress | None,
+        watchdog: Watchdog | None = None,
+        prometheus: PrometheusServer | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -71,11 +76,15 @@ class Trainer:
         self.wait = wait
         self.writer = writer
         self.progress = progress
+        self.watchdog = watchdog
+        self.prometheus = prometheus
         self.state = RunState()
         self.timer = StepTimer()
         self.alarm = TrustRegionAlarm()
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
+        self.current_step = 0
+        """Counted from 1: the step that runs, or the last one finished."""
 
     def run(self) -> None:
         """From where the run stands to `train.num_steps`, then the final export."""
@@ -102,6 +111,7 @@ class Trainer:
             )
 
     def _step(self, step: int) -> Metrics:
+        self.current_step = step + 1
         self._phase("rollout" if self.config.train.mode is Mode.rl else "data")
         experience = self._collect(step)
         self._phase("update")
@@ -195,6 +205,7 @@ class Trainer:
         if path is not None:
             self._phase("loading the checkpoint")
             self.state = self.checkpointer.load(path, self.policy)
+            self.current_step = self.state.step
             if self.share is not None:
                 self.share.source.load_state_dict(self.state.cursor)
             if self.progress is not None:
@@ -219,10 +230,14 @@ class Trainer:
     def _phase(self, name: str) -> None:
         if self.progress is not None:
             self.progress.phase(name)
+        if self.watchdog is not None:
+            self.watchdog.begin(name, self.current_step)
 
     def _report(self, step: int, metrics: Metrics) -> None:
         if self.writer is not None:
             self.writer.write(step, metrics)
+        if self.prometheus is not None:
+            self.prometheus.write(step, metrics, policy_version=self.state.policy_version)
         if self.progress is not None:
             self.progress.step(step, metrics)
             if "alarm" in metrics:

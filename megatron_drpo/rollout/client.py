@@ -32,6 +32,18 @@ class SampleRequest:
     """SGLang's sampling_params."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLoad:
+    """How busy a server is."""
+
+    num_running: int
+    """Requests that are decoded."""
+    num_queued: int
+    """Requests that wait for room."""
+    tokens_per_s: float
+    """Generated lately."""
+
+
 class SGLangClient:
     """Requests to one server, each tried once. Every failure is an error that names the server and the
     endpoint; a RetryableError unless the request itself was wrong."""
@@ -142,6 +154,25 @@ class SGLangClient:
     async def server_info(self) -> dict[str, Any]:
         """The server's start-up arguments, `tp_size` among them."""
         return await self._request("GET", "/server_info")
+
+    async def load(self) -> ServerLoad | None:
+        """How busy the server is, over all its schedulers; None: it does not tell, as the embedded server.
+
+        Source: sglang 0.5.23, srt/entrypoints/v1_loads.py and srt/managers/load_snapshot.py.
+        """
+        where = f"{self.endpoint}/v1/loads"
+        try:
+            answer = await self._request("GET", "/v1/loads", params={"include": "core"})
+        except RetryableError:
+            raise
+        except RolloutError:  # 404
+            return None
+        loads = answer_field(answer, "loads", where)
+        return ServerLoad(
+            num_running=sum(answer_field(load, "num_running_reqs", where) for load in loads),
+            num_queued=sum(answer_field(load, "num_waiting_reqs", where) for load in loads),
+            tokens_per_s=sum(answer_field(load, "gen_throughput", where) for load in loads),
+        )
 
     # -------------------------------------------------------------------------------- transport
 

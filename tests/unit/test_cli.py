@@ -10,6 +10,7 @@ import pytest
 from megatron_drpo import cli, supervisor
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import RankError
+from megatron_drpo.rollout import fleet_status
 
 
 @pytest.fixture
@@ -108,3 +109,55 @@ def test_report_is_written_again(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_usage_names_the_fleet_s_commands() -> None:
+    for command in ("up", "down", "status"):
+        assert f"megatron-drpo fleet {command} " in cli.USAGE
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "fleet : expected fleet up, fleet down or fleet status"),
+        (["stop"], "fleet stop: expected fleet up, fleet down or fleet status"),
+        (["down"], "fleet down: expected one run folder, or a fleet.json"),
+        (
+            ["status", "--api-key-env", "NO_SUCH_VARIABLE"],
+            "--api-key-env NO_SUCH_VARIABLE: that environment variable is not set",
+        ),
+    ],
+)
+def test_fleet_commands_that_are_wrong(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert cli.main(["fleet", *argv]) == 1
+    assert capsys.readouterr().err == f"ConfigError: {message}\n"
+
+
+def test_fleet_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a run folder, of a file, and of the default run; what the options become."""
+    assert cli.main(["fleet", "status", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"RolloutError: {tmp_path}/fleet.json cannot be read: ")
+    calls: list[tuple[str, dict[str, object]]] = []
+
+    def status(target: str, **options: object) -> None:
+        calls.append((target, options))
+
+    monkeypatch.setattr(fleet_status, "status", status)
+    monkeypatch.setenv("KEY", "secret")
+    assert cli.main(["fleet", "status"]) == 0
+    assert cli.main(["fleet", "status", "a/fleet.json", "--watch", "--json", "--api-key-env", "KEY"]) == 0
+    assert calls == [
+        ("runs/default", {"watch": False, "as_json": False, "api_key": None}),
+        ("a/fleet.json", {"watch": True, "as_json": True, "api_key": "secret"}),
+    ]
+
+
+def test_fleet_status_with_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fleet", "status", "--wach"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --wach" in capsys.readouterr().err

@@ -103,6 +103,12 @@ AT_LEAST_0 = [
     "eval.every_steps",
     "eval.temperature",
     "metrics.num_rollouts_dumped",
+    "deadlines.start_s",
+    "deadlines.rollout_s",
+    "deadlines.update_s",
+    "deadlines.weight_sync_s",
+    "deadlines.checkpoint_s",
+    "deadlines.evaluation_s",
 ]
 POSITIVE = [
     "rollout.fleet.health_interval_s",
@@ -128,10 +134,12 @@ POSITIVE = [
     "optimizer.lr",
     "optimizer.eps",
 ]
-UNIT_INTERVALS = (
+INTERVALS = (
     ("rollout.top_p", 0.0, "must be in (0, 1]"),
     ("rollout.top_p", 1.5, "must be in (0, 1]"),
     ("eval.top_p", 0.0, "must be in (0, 1]"),
+    ("metrics.prometheus_port", 0, "must be in 1..65535"),
+    ("metrics.prometheus_port", 65536, "must be in 1..65535"),
     ("algorithm.loss.clip_low", 0.0, "must be in (0, 1]"),
     ("algorithm.loss.clip_low", 1.01, "must be in (0, 1]"),
     ("optimizer.beta1", 1.0, "must be in [0, 1)"),
@@ -145,7 +153,7 @@ UNIT_INTERVALS = (
         *((key, 0, "must be at least 1") for key in AT_LEAST_1),
         *((key, -1, "must be at least 0") for key in AT_LEAST_0),
         *((key, 0.0, "must be greater than 0") for key in POSITIVE),
-        *UNIT_INTERVALS,
+        *INTERVALS,
         ("rollout.top_k", 0, "must be -1 (off) or at least 1"),
         ("algorithm.loss.dual_clip", 1.0, "must be greater than 1"),
     ],
@@ -160,6 +168,8 @@ def test_value_out_of_range(key: str, value: float, rule: str) -> None:
         *((key, 1) for key in AT_LEAST_1),
         *((key, 0) for key in AT_LEAST_0 if key != "optimizer.min_lr"),
         *((key, 1e-6) for key in POSITIVE if key != "algorithm.correction.token_high"),
+        ("metrics.prometheus_port", 1),
+        ("metrics.prometheus_port", 65535),
         ("rollout.top_p", 1.0),
         ("rollout.top_k", -1),
         ("rollout.top_k", 1),
@@ -266,7 +276,7 @@ def value_of(config: Config, key: str) -> Any:
 def test_every_range_is_tested_above() -> None:
     """A number without a rule in this file is free on purpose."""
     numbers = {key for key, kind in config_fields(Config) if {int, float} & set(kinds(kind))}
-    tested = {*AT_LEAST_1, *AT_LEAST_0, *POSITIVE, *(key for key, _, _ in UNIT_INTERVALS)}
+    tested = {*AT_LEAST_1, *AT_LEAST_0, *POSITIVE, *(key for key, _, _ in INTERVALS)}
     tested |= {"rollout.top_k", "algorithm.loss.dual_clip", "reward.overlong_buffer_tokens"}
     assert numbers - tested == {"seed"}
 
