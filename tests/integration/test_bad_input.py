@@ -43,7 +43,7 @@ def refuse(
     def started(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
 
-    monkeypatch.setattr(supervisor, "EmbeddedServers", started)
+    monkeypatch.setattr(supervisor, "build_fleet", started)
     monkeypatch.setattr(supervisor, "elastic_launch", started)
 
     def run(arguments: list[str]) -> str:
@@ -378,4 +378,4 @@ def test_a_rank_starts_no_server(
     monkeypatch.setattr(sys, "argv", ["train", *run_arguments()])
     with pytest.raises(Exit, match="1"):
         train.main()
-    assert "rollout.endpoints is empty: a rank starts no server" in capsys.readouterr().err
+    assert "there is no rollout.fleet_file: a rank starts no server" in capsys.readouterr().err
