@@ -23,6 +23,8 @@ _KILL_TIMEOUT_S = 10.0
 _DTYPE_NAMES = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16"}
 _SGLANG_SCRIPT = Path(__file__).with_name("run_sglang.py")
 _SGLANG_ON_CPU = Path(__file__).parents[1] / "platform" / "sglang_cpu"
+_CPU_MAX_TOTAL_TOKENS = 16384
+"""SGLang would take most of the machine's memory for its cache."""
 NO_VERSION = "-1"
 """Of weights that no trainer has sent; what a server has when it starts."""
 
@@ -124,7 +126,7 @@ def start_sglang(
         *("--host", sglang.host, "--port", str(port), "--tp-size", str(sglang.tensor_parallel_size)),
         *("--weight-version", NO_VERSION, "--skip-server-warmup"),
         *_given("--context-length", sglang.context_length),
-        *_given("--max-total-tokens", sglang.max_total_tokens),
+        *_given("--max-total-tokens", sglang.max_total_tokens or (_CPU_MAX_TOTAL_TOKENS if on_cpu else None)),
         *(["--enable-return-routed-experts"] if model.routing_replay is RoutingReplay.rollout else []),
         *(["--enable-deterministic-inference"] if config.deterministic else []),
         *(_cpu_arguments() if on_cpu else []),

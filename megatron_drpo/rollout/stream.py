@@ -23,7 +23,8 @@ class GroupStream:
     before, and from n = 2 on a slow group holds up nobody until it comes due.
 
     With `oversampling`, more prompts than a step needs are in flight, and the slowest are left over. They are
-    taken in a later step, when their oldest token may be one version older than without.
+    taken in a later step, when their oldest token may be one version older than without (per step's worth of
+    prompts left over).
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class GroupStream:
         """
         self._num_groups = num_groups
         self._num_ahead = max_staleness * num_groups
-        self._oldest = max_staleness + (oversampling > 0)
+        self._oldest = max_staleness + math.ceil(oversampling)
         self._num_extra = math.ceil(num_groups * oversampling)
         self._draw = draw
         self._submit = submit
@@ -95,12 +96,21 @@ class GroupStream:
         self._pending = []
 
     def _choose(self, policy_version: int) -> list[PendingGroup]:
-        """Finished groups for a step; fewer than it needs while one that is due is not finished."""
-        due_version = policy_version - self._oldest
-        is_due = [group.policy_version <= due_version for group in self._pending]
-        due = [g for g, d in zip(self._pending, is_due, strict=True) if d][: self._num_groups]
-        if not all(group.future.done() for group in due):
-            return []
-        others = [g for g in self._pending if g not in due and g.future.done()]
-        chosen = due + others[: self._num_groups - len(due)]
+        """Finished groups for a step; fewer than it needs while one that is due is not finished.
+
+        As each step takes only so many, of those that come due within k further steps all that these cannot
+        take are taken now (the schedule of the earliest deadline: groups lie in the order of their versions).
+        """
+        finished = [group for group in self._pending if group.future.done()]
+        chosen: list[PendingGroup] = []
+        for num_steps in range(self._oldest + 1):
+            last_version = policy_version - self._oldest + num_steps
+            due = [group for group in self._pending if group.policy_version <= last_version]
+            num_wanted = min(len(due) - num_steps * self._num_groups, self._num_groups) - len(chosen)
+            ready = [group for group in finished if group in due and group not in chosen]
+            if len(ready) < num_wanted:
+                return []
+            chosen += ready[: max(num_wanted, 0)]
+        others = [group for group in finished if group not in chosen]
+        chosen += others[: self._num_groups - len(chosen)]
         return [group for group in self._pending if group in chosen]

@@ -1,0 +1,102 @@
+"""Who has which weights, who is fenced and for how long, with pushes whose outcome is scripted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from megatron_drpo.config import FleetConfig, RolloutConfig
+from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus
+from megatron_drpo.weight_sync import control as control_module
+from megatron_drpo.weight_sync.control import FleetControl
+from megatron_drpo.weight_sync.push import PushReport, WeightPusher
+
+
+class Pusher:
+    """Fails at the endpoints in `broken`."""
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+        self.pushes: list[tuple[int, list[str]]] = []
+
+    def push(self, tensors: Any, policy_version: int, endpoints: Sequence[str]) -> PushReport:
+        self.pushes.append((policy_version, list(endpoints)))
+        failed = {endpoint: "reset" for endpoint in endpoints if endpoint in self.broken}
+        return PushReport([e for e in endpoints if e not in failed], failed)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time.monotonic says, in its one element."""
+    now = [100.0]
+    monkeypatch.setattr(control_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def make_control(pusher: Pusher, **fields: Any) -> FleetControl:
+    return FleetControl(RolloutConfig(**fields), cast(WeightPusher, pusher))
+
+
+def test_a_failed_server_is_fenced_and_gets_another_chance(clock: list[float]) -> None:
+    pusher = Pusher()
+    control = make_control(pusher, endpoints=["http://a", "http://b"])
+    assert control.push([], 1) == ["http://a", "http://b"]
+    assert not control.wants_repair()
+    pusher.broken = {"http://b"}
+    assert control.push([], 2) == ["http://a"]
+    assert control.messages == ["http://b is fenced until it has weights 2: reset"]
+    assert not control.wants_repair(), "not at once"
+    clock[0] += 1.1
+    assert control.wants_repair()
+    assert control.repair([], 2) == ["http://a"]
+    assert pusher.pushes[-1] == (2, ["http://b"])
+    clock[0] += 1.1
+    assert not control.wants_repair(), "the pause doubles"
+    clock[0] += 1.0
+    pusher.broken = set()
+    assert control.repair([], 2) == ["http://a", "http://b"]
+    assert control.num_fenced == 2
+
+
+def test_no_server_at_all_is_an_error_after_some_tries(clock: list[float]) -> None:
+    pusher = Pusher()
+    pusher.broken = {"http://a"}
+    control = make_control(pusher, endpoints=["http://a"], fleet=FleetConfig(max_failures=2))
+    assert control.push([], 0) == []
+    clock[0] += 5
+    with pytest.raises(
+        WeightSyncError, match=r"no rollout server could be given weights 0:\nhttp://a: reset"
+    ):
+        control.repair([], 0)
+
+
+def test_a_restarted_server_of_a_fleet_is_behind(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.json"
+    first, second = (
+        ServerState(name=f"server {i}", endpoint=f"http://{i}", state=ServerStatus.up) for i in range(2)
+    )
+    fleet = FleetState(pid=1, servers=[first, second])
+    fleet.write(path)
+    pusher = Pusher()
+    control = make_control(pusher, fleet_file=str(path))
+    assert control.push([], 3) == ["http://0", "http://1"]
+    second.state = ServerStatus.restarting
+    fleet.write(path)
+    assert not control.wants_repair()
+    assert control.current == ["http://0"]
+    second.state, second.endpoint = ServerStatus.up, "http://2"
+    fleet.write(path)
+    assert control.wants_repair()
+    assert control.repair([], 3) == ["http://0", "http://2"]
+    assert pusher.pushes[-1] == (3, ["http://2"])
+    first.state = second.state = ServerStatus.left
+    second.last_error = "died, exit code -9"
+    fleet.write(path)
+    with pytest.raises(
+        RolloutError, match=r"no rollout server is left:\nserver 0: .*\nserver 1: died, exit code -9"
+    ):
+        control.wants_repair()
