@@ -46,6 +46,7 @@ MAX_ACCURACY_BEFORE = 0.4
 MIN_ACCURACY_AFTER = 0.9
 MAX_CONTROL_RISE = 0.05
 MAX_OVERHEAD = 0.05
+MAX_MISMATCH = 1e-5
 NOISE_SIGMAS = 4.0
 
 console = Console(highlight=False)
@@ -61,6 +62,8 @@ class Outcome:
     overhead: float
     """Share of a step's time outside rollout, reward, forward/backward and optimizer; median over the steps,
     because on a busy machine a single step may wait seconds for other processes."""
+    mismatch: float
+    """Mean |logprobs - rollout_logprobs| before a step's first update; the largest of all steps."""
     exported: float
     num_export_samples: int
 
@@ -124,6 +127,7 @@ def run(folder: Path, *, seed: int, shuffle_rewards: bool, engine: str) -> Outco
         after=evaluations[-1]["eval/accuracy"],
         num_eval_samples=int(evaluations[-1]["eval/num_samples"]),
         overhead=median(step["time/overhead_share"] for step in steps if "time/overhead_share" in step),
+        mismatch=max(step.get("mismatch/first_update_logprob_abs_mean", 0.0) for step in steps),
         exported=exported["accuracy"],
         num_export_samples=exported["num_samples"],
     )
@@ -169,6 +173,10 @@ def find_problems(outcome: Outcome, *, is_control: bool) -> list[str]:
         problems.append(
             f"the trainer's overhead is {outcome.overhead:.1%} of the step, above {MAX_OVERHEAD:.0%}"
         )
+    if outcome.mismatch > MAX_MISMATCH:
+        problems.append(
+            f"trainer and server disagree by {outcome.mismatch:.1e} per logprob, more than {MAX_MISMATCH:.0e}"
+        )
     variance = outcome.after * (1 - outcome.after)
     noise = math.sqrt(variance / outcome.num_eval_samples + variance / outcome.num_export_samples)
     if abs(outcome.exported - outcome.after) > NOISE_SIGMAS * noise:
@@ -183,6 +191,7 @@ def show(outcome: Outcome, run_dir: Path, problems: list[str], *, seconds: float
     table = Table.grid(padding=(0, 2))
     table.add_row("[dim]held-out accuracy[/]", f"[bold]{outcome.before:.1%} → {outcome.after:.1%}[/]")
     table.add_row("[dim]the export, with transformers[/]", f"{outcome.exported:.1%}")
+    table.add_row("[dim]trainer and server, mean |Δ logprob|[/]", f"{outcome.mismatch:.1e} before an update")
     table.add_row("[dim]trainer overhead[/]", f"{outcome.overhead:.1%} of a step's time (median)")
     table.add_row("[dim]time[/]", f"{int(seconds) // 60} min {int(seconds) % 60} s")
     table.add_row()

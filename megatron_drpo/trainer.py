@@ -295,6 +295,9 @@ class Trainer:
             num_equal = sum(update.agreement.num_equal for update in updates)
             metrics["routing/agreement"] = num_equal / num_choices
         details = summarise(diagnostics)
+        details["mismatch/first_update_logprob_abs_mean"] = summarise(updates[0].diagnostics)[
+            "mismatch/logprob_abs_mean"
+        ]
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}
         if self.policy.objective.loss.has_trust_region:

@@ -17,6 +17,9 @@ mismatch/* is always against the rollout's, as the engine reported them.
     mismatch/logprob_abs_mean, logprob_abs_max
                                       |logpi - logmu| of trainer and engine, updates included
     mismatch/prob_abs_mean            |pi - mu| likewise
+    mismatch/first_update_logprob_abs_mean
+                                      the mean over the tokens of a step's first update, before it:
+                                      with synchronous rollouts the engine's gap alone
     mismatch/old_logprob_abs_mean, old_logprob_abs_max
                                       |log of the anchor - logmu|: the engine's gap alone. Like the
                                       next, only where the anchor is not the rollout's

@@ -20,7 +20,7 @@ SHOWN = (
     ("accuracy", "eval/accuracy", "{:.1%}"),
     ("length", "response/length_mean", "{:.1f} tokens"),
     ("truncated", "response/truncated_share", "{:.1%}"),
-    ("mismatch |dlogp|", "mismatch/logprob_abs_mean", "{:.2e}"),
+    ("mismatch |dlogp|", "mismatch/first_update_logprob_abs_mean", "{:.2e}"),
     ("outside trust region", "trust_region/outside_share", "{:.2%}"),
     ("entropy", "policy/entropy", "{:.3f}"),
     ("loss", "loss/value", "{:.4g}"),

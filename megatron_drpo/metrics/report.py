@@ -77,7 +77,8 @@ PANELS = (
     Panel(
         title="Trainer / rollout mismatch, |log π − log μ|",
         curves=(
-            Curve(metric="mismatch/logprob_abs_mean", label="mean"),
+            Curve(metric="mismatch/first_update_logprob_abs_mean", label="mean, before the updates"),
+            Curve(metric="mismatch/logprob_abs_mean", label="mean of all updates", colour=SOFT),
             Curve(metric="mismatch/logprob_abs_max", label="largest", colour=ORANGE),
         ),
         log=True,

@@ -40,6 +40,7 @@ from megatron_drpo.policy.model import (
     wrap_data_parallel,
 )
 from megatron_drpo.policy.numerics import find_non_finite
+from megatron_drpo.policy.offload import PolicyMemory
 from megatron_drpo.policy.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -114,6 +115,7 @@ class Policy:
             else:
                 load_hf_weights(reference, HfFolder(path), mapping)
             self.reference_chunks = freeze(reference, self.transformer_config)
+        self.memory = PolicyMemory(self.chunks, self.reference_chunks, self.optimizer)
         self.num_updates = 0
         """Optimizer steps done, skipped ones included: the learning rate's clock."""
         self._settings = ForwardSettings(

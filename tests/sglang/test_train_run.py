@@ -68,5 +68,5 @@ def test_tokens_are_those_of_the_trainers_weights(
     assert (steps[-1]["rollout/staleness_max"] > 0) == (max_staleness > 0)
     for step in steps:
         if max_staleness == 0:  # else the weights have changed since
-            assert step["mismatch/logprob_abs_mean"] <= MAX_MISMATCH
+            assert step["mismatch/first_update_logprob_abs_mean"] <= MAX_MISMATCH
         assert step["optimizer/grad_norm"] > 0

@@ -14,7 +14,7 @@ METRICS: dict[str, float | str | list[float]] = {
     "reward/mean": 0.53125,
     "response/length_mean": 12.34,
     "response/truncated_share": 0.025,
-    "mismatch/logprob_abs_mean": 1.234e-6,
+    "mismatch/first_update_logprob_abs_mean": 1.234e-6,
     "throughput/tokens_per_s": 12345.6,
     "trust_region/w_histogram": [1.0, 2.0],
     "alarm": "printed by who raises it",

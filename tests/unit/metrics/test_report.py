@@ -31,6 +31,7 @@ def write_run(run_dir: Path, num_steps: int) -> None:
                     "loss/value": math.nan if step == 2 else -0.1,
                     "optimizer/grad_norm": 0.0,
                     "mismatch/logprob_abs_mean": 1e-6 * (step + 1),
+                    "mismatch/first_update_logprob_abs_mean": 1e-6,
                     "time/step_s": 2.0,
                     "time/rollout_s": 1.9,
                     "time/overhead_share": 0.05,

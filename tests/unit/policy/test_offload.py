@@ -1,0 +1,99 @@
+"""The policy's parts leave the device and come back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from megatron_drpo.config import AlgorithmConfig, Config, Dtype, KlConfig, LossConfig
+from megatron_drpo.metrics.timing import StepTimer
+from megatron_drpo.policy.offload import MemoryPart
+from megatron_drpo.policy.policy import Policy, UpdateResult
+from megatron_drpo.types import MicroBatch, TrainSequence
+
+PackAll = Callable[[Policy, Sequence[TrainSequence]], list[MicroBatch]]
+Update = Callable[[Policy, Sequence[TrainSequence]], UpdateResult]
+LENGTHS = [5, 17, 2, 9]
+WITH_REFERENCE = AlgorithmConfig(loss=LossConfig(delta=0.5), kl=KlConfig(coef=0.1))
+
+
+@pytest.fixture(params=[Dtype.fp32, Dtype.bf16])
+def config(request: pytest.FixtureRequest, policy_config: Callable[..., Config]) -> Config:
+    return policy_config("moe", dtype=request.param)
+
+
+def held_bytes(policy: Policy) -> dict[str, int]:
+    """Of the storages below each kind of tensor."""
+
+    def total(tensors: list[torch.Tensor]) -> int:
+        return sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    moments = [
+        value
+        for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+        for state in part.optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
+    parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
+    return {
+        "weights": total([p.data for p in parameters]),
+        "gradients": total([vars(p)["main_grad"] for p in parameters]),
+        "optimizer": total(moments),
+        "reference": total([p.data for chunk in policy.reference_chunks for p in chunk.parameters()]),
+    }
+
+
+def test_an_update_after_a_journey_is_the_same(
+    config: Config,
+    build_policy: Callable[[Config], Policy],
+    make_sequences: Callable[..., list[TrainSequence]],
+    update: Update,
+) -> None:
+    """Before the first update, when there are no moments yet, and between two."""
+    stayed, travelled = build_policy(config), build_policy(config)
+    for length in (5, 8, 13):
+        travelled.memory.offload()
+        assert travelled.memory.parts_away == frozenset(MemoryPart)
+        travelled.memory.onload()
+        sequences = make_sequences([length, *LENGTHS])
+        results = [update(policy, sequences) for policy in (stayed, travelled)]
+        assert results[0].loss == results[1].loss
+        assert results[0].grad_norm == results[1].grad_norm
+    for (name, expected), (_, found) in zip(stayed.hf_tensors(), travelled.hf_tensors(), strict=True):
+        assert torch.equal(expected, found), name
+
+
+def test_nothing_is_left_on_the_device_and_weights_come_back_alone(
+    config: Config,
+    build_policy: Callable[[Config], Policy],
+    make_sequences: Callable[..., list[TrainSequence]],
+    pack_all: PackAll,
+) -> None:
+    config.algorithm = WITH_REFERENCE
+    policy = build_policy(config)
+    (micro_batches,) = policy.add_logprobs([pack_all(policy, make_sequences(LENGTHS))])
+    policy.train_step(micro_batches, StepTimer())
+    exported = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+    before = held_bytes(policy)
+    assert min(before.values()) > 0
+    policy.memory.offload()
+    assert set(held_bytes(policy).values()) == {0}
+    policy.memory.offload()  # repeatable
+    policy.memory.onload(MemoryPart.weights)
+    assert held_bytes(policy) == {**dict.fromkeys(before, 0), "weights": before["weights"]}
+    for name, tensor in policy.hf_tensors():
+        assert torch.equal(tensor, exported[name]), name
+    policy.memory.onload()
+    assert held_bytes(policy) == before
+
+
+def test_weights_can_stay(config: Config, build_policy: Callable[[Config], Policy]) -> None:
+    """Also where the optimizer's main parameters are views of them, in fp32."""
+    policy = build_policy(config)
+    before = held_bytes(policy)
+    policy.memory.offload(MemoryPart.gradients, MemoryPart.optimizer)
+    assert held_bytes(policy)["weights"] == before["weights"]
+    assert held_bytes(policy)["gradients"] == 0
