@@ -143,6 +143,9 @@ class FleetConfig:
     """How many servers are started, and what happens to one that fails."""
 
     num_servers: int = 1
+    first_gpu: int | None = None
+    """Index on this machine of the first server's first GPU; the others follow. Not given: after those of the
+    trainer's ranks; 0 with rollout.colocated, and by `fleet up`."""
     health_interval_s: float = 10.0
     """Between two generations that prove a server alive."""
     health_timeout_s: float = 60.0
@@ -157,7 +160,7 @@ class FleetConfig:
     def problems(self) -> Problems:
         key = "rollout.fleet"
         yield from _at_least(self, key, 1, "num_servers", "max_failures")
-        yield from _at_least(self, key, 0, "restart_backoff_s")
+        yield from _at_least(self, key, 0, "restart_backoff_s", "first_gpu")
         yield from _positive(self, key, "health_interval_s", "health_timeout_s", "failure_memory_s")
 
 
@@ -171,6 +174,8 @@ class RolloutConfig:
     """The fleet.json of a running fleet, see `megatron-drpo fleet up`; instead of `endpoints`."""
     api_key_env: str | None = None
     """Environment variable that holds the key which the servers ask for; servers we start get it as well."""
+    colocated: bool = False
+    """Servers and trainer take turns on the same GPUs: each lets go of its memory while the other works."""
     max_staleness: int = 0
     """Steps by which sampling may be ahead of training. 0: synchronous. 1: the next step's batch is sampled
     while this one trains. n: up to n more batches are in flight, and no token is trained on that is more than
@@ -234,6 +239,11 @@ class RolloutConfig:
             yield f"rollout.top_k={self.top_k}: must be -1 (off) or at least 1"
         if self.endpoints and self.fleet_file is not None:
             yield "rollout.endpoints and rollout.fleet_file exclude each other: give one of them"
+        if self.colocated and self.max_staleness:
+            yield (
+                f"rollout.max_staleness={self.max_staleness}: rollout.colocated=True needs 0, for servers "
+                "cannot sample while the trainer has their GPUs"
+            )
         yield from self._deterministic_problems()
         for url in self.endpoints:
             if not url.startswith(("http://", "https://")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from megatron_drpo.colocation import SharedDevices
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.rollout.engine import RolloutEngine
 from megatron_drpo.weight_sync.control import FleetControl
@@ -12,12 +13,21 @@ from megatron_drpo.weight_sync.control import FleetControl
 class WeightPublisher:
     """Every method is collective over all ranks: the export gathers shards of all of them."""
 
-    def __init__(self, policy: Policy, *, control: FleetControl | None, engine: RolloutEngine | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        control: FleetControl | None,
+        engine: RolloutEngine | None,
+        devices: SharedDevices | None = None,
+    ) -> None:
         """
         Args:
             control: on global rank 0.
             engine: on replica leaders.
+            devices: with rollout.colocated.
         """
+        self._devices = devices
         self._policy = policy
         self._control = control
         self._engine = engine
@@ -49,14 +59,20 @@ class WeightPublisher:
         return self._control is not None and self._control.wants_repair()
 
     def _give(self, *, is_new: bool) -> None:
+        if self._devices is not None:
+            self._devices.before_push()
         tensors = self._policy.hf_tensors()
         current: list[list[str] | None] = [None]
         if self._control is not None:
             give = self._control.push if is_new else self._control.repair
-            current = [give(tensors, self._version)]
+            give(tensors, self._version)
         else:
             for _ in tensors:
                 pass
+        if self._devices is not None:
+            self._devices.after_push()
+        if self._control is not None:
+            current = [self._control.current]
         dist.broadcast_object_list(current, src=0)
         if self._engine is not None and current[0] is not None:
             self._engine.set_servers(current[0], self._version)

@@ -42,7 +42,7 @@ def supervise(config: Config) -> None:
     with ExitStack() as stack:
         fleet = None
         if config.train.mode is Mode.rl and starts_fleet(config):
-            fleet = stack.enter_context(build_fleet(config))
+            fleet = stack.enter_context(build_fleet(config, num_trainer_gpus=config.parallel.world_size))
         try:
             _run_ranks(config, [] if fleet is None else [f"rollout.fleet_file={fleet.path}"])
         except DrpoError:

@@ -13,12 +13,13 @@ from rich.table import Table
 from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.collective_wait import CollectiveWait, completes
+from megatron_drpo.colocation import SharedDevices
 from megatron_drpo.config import Config, Mode, RoutingReplay
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
-from megatron_drpo.errors import ConfigError, DrpoError, NumericsError
+from megatron_drpo.errors import ConfigError, DrpoError, NumericsError, RolloutError
 from megatron_drpo.experience import (
     DemonstrationExperience,
     Evaluator,
@@ -46,7 +47,8 @@ from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.watchdog import Watchdog
-from megatron_drpo.weight_sync.control import FleetControl
+from megatron_drpo.weight_sync.control import FleetControl, build_directory
+from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.push import WeightPusher
 
 
@@ -69,6 +71,7 @@ def run(config: Config) -> None:
             )
             live = config.metrics.progress and sys.stdout.isatty()
             progress = Progress(config.train.num_steps, live=live)
+        memory = _clear_devices(config, parallel)
         policy = Policy(config, platform, parallel)
         if parallel.is_main:
             _print_banner(config, platform, policy)
@@ -76,7 +79,12 @@ def run(config: Config) -> None:
         engine = _build_engine(config, policy, stack) if is_rl and parallel.is_leader else None
         if engine is not None:
             watchdog.describe = engine.describe
-        publisher = _build_publisher(config, policy, engine, stack) if is_rl else None
+        control = _build_control(config, policy, memory, stack) if is_rl and parallel.is_main else None
+        devices = publisher = None
+        if is_rl:
+            if config.rollout.colocated:
+                devices = SharedDevices(policy, control=control, engine=engine)
+            publisher = WeightPublisher(policy, control=control, engine=engine, devices=devices)
         wait = CollectiveWait(publisher)
         share = experience = evaluator = None
         if parallel.is_leader:
@@ -92,6 +100,7 @@ def run(config: Config) -> None:
             evaluator=evaluator,
             publisher=publisher,
             wait=wait,
+            devices=devices,
             writer=writer,
             progress=progress,
             watchdog=watchdog,
@@ -141,22 +150,40 @@ def _route_shape(config: Config, architecture: ArchitectureConfig) -> RouteShape
     )
 
 
-def _build_publisher(
-    config: Config, policy: Policy, engine: RolloutEngine | None, stack: ExitStack
-) -> WeightPublisher:
-    control = None
-    if policy.parallel.is_main:
+def _clear_devices(config: Config, parallel: ParallelState) -> ServerMemory | None:
+    """With rollout.colocated: the servers, which start first, let go of the memory that the policy needs.
+
+    Raises:
+        RolloutError: one does not.
+    """
+    if config.train.mode is not Mode.rl or not config.rollout.colocated:
+        return None
+    memory = None
+    if parallel.is_main:
+        memory = ServerMemory(config.rollout, config.weight_sync.timeout_s)
         wait_until_ready(config.rollout, config.rollout.endpoints)
-        pusher = WeightPusher(
-            config.weight_sync,
-            model_path=config.policy.model_path,
-            run_dir=config.run_dir,
-            device=policy.parallel.device,
-            api_key=config.rollout.api_key,
-        )
-        control = FleetControl(config.rollout, pusher)
-        stack.callback(control.close)
-    return WeightPublisher(policy, control=control, engine=engine)
+        memory.announce()
+        failures = memory.release(build_directory(config.rollout).endpoints())
+        if failures:
+            raise RolloutError("\n".join(failures.values()))
+    torch.distributed.barrier()
+    return memory
+
+
+def _build_control(
+    config: Config, policy: Policy, memory: ServerMemory | None, stack: ExitStack
+) -> FleetControl:
+    wait_until_ready(config.rollout, config.rollout.endpoints)
+    pusher = WeightPusher(
+        config.weight_sync,
+        model_path=config.policy.model_path,
+        run_dir=config.run_dir,
+        device=policy.parallel.device,
+        api_key=config.rollout.api_key,
+    )
+    control = FleetControl(config.rollout, pusher, memory)
+    stack.callback(control.close)
+    return control
 
 
 def _build_leader(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_drpo.checkpoint import Checkpointer, RunState
 from megatron_drpo.collective_wait import CollectiveWait
+from megatron_drpo.colocation import SharedDevices
 from megatron_drpo.config import Config, Mode, RoutingReplay
 from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
@@ -47,6 +48,7 @@ class Trainer:
         publisher: on every rank, in rl mode.
         wait: on every rank.
         writer, progress, prometheus: on global rank 0.
+        devices: on every rank, with rollout.colocated.
         watchdog: on every rank.
     """
 
@@ -63,6 +65,7 @@ class Trainer:
         wait: CollectiveWait,
         writer: MetricsWriter | None,
         progress: Progress | None,
+        devices: SharedDevices | None = None,
         watchdog: Watchdog | None = None,
         prometheus: PrometheusServer | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class Trainer:
         self.wait = wait
         self.writer = writer
         self.progress = progress
+        self.devices = devices
         self.watchdog = watchdog
         self.prometheus = prometheus
         self.state = RunState()
@@ -106,15 +110,19 @@ class Trainer:
                 self._save()
         if self.config.checkpoint.export_hf:
             self._phase("export")
+            self._take_devices()
             self.policy.exporter.save(
                 Path(self.config.run_dir) / "hf", source=self.policy.folder.path, overwrite=True
             )
+        if self.devices is not None:
+            self.devices.to_servers()
 
     def _step(self, step: int) -> Metrics:
         self.current_step = step + 1
         self._phase("rollout" if self.config.train.mode is Mode.rl else "data")
         experience = self._collect(step)
         self._phase("update")
+        self._take_devices()
         batches = list(iter_global_batches(self.config, self.policy, experience.sequences))
         with self.timer.phase("logprobs"):
             batches = self.policy.add_logprobs(batches)
@@ -152,6 +160,13 @@ class Trainer:
         with self.timer.phase("weight_sync"):
             self.publisher.publish(self.state.policy_version)
         self._show_messages()
+
+    def _take_devices(self) -> None:
+        """From the servers, until weights are published again."""
+        if self.devices is not None:
+            with self.timer.phase("handover"):
+                self.devices.to_trainer()
+            self._show_messages()
 
     def _mark_consumed(self) -> None:
         """The step's prompts count; those of groups still in flight, on any replica, do not yet."""
@@ -192,12 +207,15 @@ class Trainer:
 
     def _save(self) -> None:
         self._phase("checkpoint")
+        self._take_devices()
         with self.timer.phase("checkpoint"):
             if self.share is not None:
                 self.state.cursor = self.share.source.state_dict()
             if self.writer is not None:
                 self.state.metrics_position = self.writer.position
             self.checkpointer.save(self.policy, self.state)
+        if self.devices is not None and self.state.step < self.config.train.num_steps:
+            self._publish_weights()  # servers that had let go of their weights need them again
 
     def _resume(self) -> None:
         path = self.checkpointer.find()

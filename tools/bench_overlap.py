@@ -2,9 +2,9 @@
 
     python tools/bench_overlap.py [--engine sglang] [--repeats 3]
 
-The same steps over the same server, with the number of samples chosen so that sampling and training take
-about equally long: then a synchronous step takes their sum, and with rollout.max_staleness=1 it should take
-little more than the longer of the two. Medians over the steps of interleaved runs.
+The same steps over the same server, with prompts so long that sampling and training take about equally long:
+then a synchronous step takes their sum, and with rollout.max_staleness=1 it should take little more than the
+longer of the two. Medians over the steps of interleaved runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tools.tiny_model import write_tiny_moe
 ROOT = Path(__file__).parents[1]
 NUM_STEPS, NUM_WARM_UP = 12, 3
 NUM_SAMPLES = 8
+MAX_PROMPT_TOKENS = 440
 console = Console(highlight=False)
 
 
@@ -50,55 +52,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", choices=["embedded", "sglang"], default="sglang")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num-prompts", type=int, help="per step; found by trial if not given")
+    parser.add_argument("--num-prompts", type=int, default=16, help="per step")
+    parser.add_argument("--prompt-tokens", type=int, help="found by trial if not given")
     parser.add_argument("--response-tokens", type=int, default=48)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_overlap")
     arguments = parser.parse_args()
-    bench = Bench(arguments.folder, arguments.engine, arguments.response_tokens)
-    num_prompts = arguments.num_prompts or bench.equalise()
+    bench = Bench(arguments.folder, arguments.engine, arguments.num_prompts, arguments.response_tokens)
+    prompt_tokens = arguments.prompt_tokens or bench.equalise()
     runs: dict[int, list[StepTimes]] = {0: [], 1: []}
     for _ in range(arguments.repeats):
         for staleness in runs:
-            runs[staleness].append(bench.run(num_prompts, staleness))
-    show(num_prompts, runs)
+            runs[staleness].append(bench.run(prompt_tokens, staleness))
+    show(f"{arguments.num_prompts} prompts of {prompt_tokens} tokens x {NUM_SAMPLES} samples", runs)
 
 
 class Bench:
     """Runs of one model with one kind of server."""
 
-    def __init__(self, folder: Path, engine: str, response_tokens: int) -> None:
+    def __init__(self, folder: Path, engine: str, num_prompts: int, response_tokens: int) -> None:
         self.folder = folder
         self.engine = engine
+        self.num_prompts = num_prompts
         self.response_tokens = response_tokens
         write_tiny_moe(folder / "model")
 
     def equalise(self) -> int:
-        """Prompts per step for which sampling takes about as long as the rest: training grows with their
-        number, sampling less, for they are decoded together."""
-        num_prompts = 8
-        for _ in range(4):
-            times = self.run(num_prompts, 0, num_steps=5)
+        """The length of prompts for which sampling takes about as long as the rest: a server computes a
+        prompt once, the trainer with each of its samples."""
+        prompt_tokens = 100
+        for _ in range(5):
+            times = self.run(prompt_tokens, 0, num_steps=6)
             console.print(
-                f"{num_prompts} prompts: rollout {times.rollout:.2f} s, the rest {times.train:.2f} s",
+                f"{prompt_tokens} prompt tokens: rollout {times.rollout:.2f} s, the rest {times.train:.2f} s",
                 style="dim",
             )
             ratio = times.rollout / times.train
-            if 0.85 < ratio < 1.18:
+            if 0.9 < ratio < 1.11:
                 break
-            num_prompts = max(2, min(256, round(num_prompts * min(max(ratio, 0.4), 2.5))))
-        return num_prompts
+            prompt_tokens = max(4, min(MAX_PROMPT_TOKENS, round(prompt_tokens * min(max(ratio, 0.5), 2.0))))
+        return prompt_tokens
 
-    def run(self, num_prompts: int, staleness: int, num_steps: int = NUM_STEPS) -> StepTimes:
+    def write_prompts(self, num_tokens: int) -> Path:
+        """Distinct prompts of so many characters, which are tokens."""
+        path = self.folder / "prompts.jsonl"
+        chance = random.Random(0)
+        texts = ("".join(chance.choices("0123456789", k=num_tokens - 1)) + "=" for _ in range(512))
+        path.write_text("".join(json.dumps({"prompt": text, "answer": "0"}) + "\n" for text in texts))
+        return path
+
+    def run(self, prompt_tokens: int, staleness: int, num_steps: int = NUM_STEPS) -> StepTimes:
         run_dir = self.folder / "run"
         shutil.rmtree(run_dir, ignore_errors=True)
         command = [
             *(sys.executable, "-m", "megatron_drpo.cli", "train", "platform=cpu", f"run_dir={run_dir}"),
-            "data.train_path=examples/data/arithmetic_train.jsonl",
+            f"data.train_path={self.write_prompts(prompt_tokens)}",
             *(f"policy.model_path={self.folder / 'model'}", "policy.dtype=fp32"),
             *(f"rollout.engine={self.engine}", f"rollout.max_staleness={staleness}"),
-            *("rollout.sglang.context_length=128", "rollout.sglang.max_total_tokens=65536"),
+            *("rollout.sglang.context_length=512", "rollout.sglang.max_total_tokens=65536"),
             *("rollout.startup_timeout_s=300", "rollout.embedded.num_threads=1"),
-            *(f"rollout.num_prompts_per_step={num_prompts}", f"rollout.num_samples_per_prompt={NUM_SAMPLES}"),
+            *(
+                f"rollout.num_prompts_per_step={self.num_prompts}",
+                f"rollout.num_samples_per_prompt={NUM_SAMPLES}",
+            ),
             *(f"rollout.max_response_tokens={self.response_tokens}", f"train.num_steps={num_steps}"),
             *("rollout.max_concurrent_requests=1024", "rollout.embedded.num_slots=1024"),
             *("reward.name=tools.digit_reward:digit_share", "reward.num_workers=1", "optimizer.lr=1e-6"),
@@ -116,10 +131,10 @@ class Bench:
         )
 
 
-def show(num_prompts: int, runs: dict[int, list[StepTimes]]) -> None:
+def show(what: str, runs: dict[int, list[StepTimes]]) -> None:
     synchronous = StepTimes(median(t.step for t in runs[0]), median(t.rollout for t in runs[0]))
     ahead = median(t.step for t in runs[1])
-    table = Table(title=f"{num_prompts} prompts x {NUM_SAMPLES} samples per step, {os.cpu_count()} cores")
+    table = Table(title=f"{what} per step, {os.cpu_count()} cores")
     for column in ("", "step, s", "of max(rollout, train)"):
         table.add_column(column, justify="left" if not column else "right")
     longest = max(synchronous.rollout, synchronous.train)

@@ -12,8 +12,8 @@ from typing import Self
 
 from megatron_drpo.config import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.fleet_state import FLEET_FILE, FleetState, ServerState, ServerStatus
-from megatron_drpo.rollout.server_process import ServerProcess, StartServer
+from megatron_drpo.rollout.fleet_state import FLEET_FILE, FleetState, ServerState, ServerStatus, yield_file
+from megatron_drpo.rollout.server_process import ServerProcess, StartServer, server_name
 
 _POLL_S = 0.1
 _START_POLL_S = 0.5
@@ -33,12 +33,11 @@ class Fleet:
             run_dir: each server's output goes to logs/rollout_server_N.log below it.
         """
         self._config = config
-        self._log_dir = Path(run_dir) / "logs"
         self.path = Path(run_dir) / FLEET_FILE
         self._lock = threading.Lock()
         self._state = FleetState(pid=os.getpid())
         self._keepers = [
-            _Keeper(f"rollout server {index}", start_server, self._log_dir, config, self._publish)
+            _Keeper(index, start_server, run_dir, config, self._publish)
             for index in range(config.fleet.num_servers)
         ]
         self._state.servers = [keeper.state for keeper in self._keepers]
@@ -69,7 +68,8 @@ class Fleet:
             RolloutError: one died or did not answer within rollout.startup_timeout_s; shows the end of its
                 log. None is left running then.
         """
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        (self.path.parent / "logs").mkdir(parents=True, exist_ok=True)
+        yield_file(self.path).unlink(missing_ok=True)
         try:
             for keeper in self._keepers:
                 keeper.start()
@@ -96,6 +96,7 @@ class Fleet:
         for keeper in self._keepers:
             keeper.join()
         self.path.unlink(missing_ok=True)
+        yield_file(self.path).unlink(missing_ok=True)
 
     def _publish(self, change: Callable[[], None]) -> None:
         with self._lock:
@@ -112,13 +113,16 @@ class _Keeper:
 
     def __init__(
         self,
-        name: str,
+        index: int,
         start_server: StartServer,
-        log_dir: Path,
+        run_dir: str | Path,
         config: RolloutConfig,
         publish: Callable[[Callable[[], None]], None],
     ) -> None:
-        log_path = log_dir / f"{name.replace(' ', '_')}.log"
+        name = server_name(index)
+        log_path = Path(run_dir) / "logs" / f"{name.replace(' ', '_')}.log"
+        self._index = index
+        self._yield_file = yield_file(Path(run_dir) / FLEET_FILE)
         self.state = ServerState(name=name, log=str(log_path))
         self.failure = ""
         """The latest failure, with the end of the log."""
@@ -160,6 +164,7 @@ class _Keeper:
     def _keep(self) -> None:
         fleet = self._config.fleet
         while not self._stopping.is_set():
+            self._wait_for_devices()
             started = time.monotonic()
             problem = self._run_server()
             if self._stopping.is_set():
@@ -177,10 +182,18 @@ class _Keeper:
             self._stopping.wait(_backoff_s(fleet, num_failures))
             self.state.num_restarts += 1
 
+    def _wait_for_devices(self) -> None:
+        """Until the trainer does not have them; from then on it waits for this server (`ServerMemory`)."""
+        self._change(ServerStatus.starting)
+        while self._yield_file.exists() and not self._stopping.is_set():
+            self._change(ServerStatus.restarting)
+            self._stopping.wait(_START_POLL_S)
+            self._change(ServerStatus.starting)
+
     def _run_server(self) -> str:
         """From the start of a process to its end; why it ended."""
         try:
-            server = self._start_server(self.state.name, self._log_path)
+            server = self._start_server(self._index, self._log_path)
         except (RolloutError, OSError) as error:
             self.failure = f"{self.state.name} cannot be started: {error}"
             return str(error)
@@ -216,6 +229,9 @@ class _Keeper:
         while not self._stopping.wait(_POLL_S):
             if (code := server.exit_code()) is not None:
                 return f"died, exit code {code}"
+            if self._yield_file.exists():  # it cannot generate, and need not
+                healthy = checked = time.monotonic()
+                continue
             if time.monotonic() - checked < fleet.health_interval_s:
                 continue
             remaining = healthy + fleet.health_timeout_s - time.monotonic()

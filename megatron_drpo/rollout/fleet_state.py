@@ -12,6 +12,13 @@ from pathlib import Path
 from megatron_drpo.errors import RolloutError
 
 FLEET_FILE = "fleet.json"
+_YIELD_FILE = "servers_yield"
+
+
+def yield_file(fleet_file: str | Path) -> Path:
+    """While this file is there the trainer has the servers' devices (rollout.colocated): the owner of the
+    fleet starts none and asks none to generate."""
+    return Path(fleet_file).with_name(_YIELD_FILE)
 
 
 class ServerStatus(StrEnum):

@@ -15,9 +15,16 @@ def starts_fleet(config: Config) -> bool:
     return not config.rollout.endpoints and config.rollout.fleet_file is None
 
 
-def build_fleet(config: Config) -> Fleet:
-    """`rollout.fleet.num_servers` servers of `rollout.engine`, not yet started."""
+def build_fleet(config: Config, *, num_trainer_gpus: int = 0) -> Fleet:
+    """`rollout.fleet.num_servers` servers of `rollout.engine`, not yet started.
+
+    Args:
+        num_trainer_gpus: that ranks on this machine use; servers get others, unless rollout.colocated.
+    """
     rollout = config.rollout
+    first_gpu = rollout.fleet.first_gpu
+    if first_gpu is None:
+        first_gpu = 0 if rollout.colocated else num_trainer_gpus
     model = ServedModel(
         path=config.policy.model_path,
         dtype=config.policy.dtype,
@@ -27,5 +34,5 @@ def build_fleet(config: Config) -> Fleet:
         start = partial(start_embedded, rollout, model)
     else:
         on_cpu = build_platform(config.platform).name is PlatformName.cpu
-        start = partial(start_sglang, rollout, model, on_cpu=on_cpu)
+        start = partial(start_sglang, rollout, model, first_gpu=None if on_cpu else first_gpu)
     return Fleet(rollout, start, config.run_dir)

@@ -120,7 +120,7 @@ class ServerPool:
             server.num_in_flight -= num_samples
 
     def hold(self) -> None:
-        """Give out no server until `set_servers`."""
+        """Give out no server, and ask none to generate, until `set_servers`."""
         self._is_held = True
 
     def suspend(self, server: PooledServer, reason: str) -> None:
@@ -183,6 +183,8 @@ class ServerPool:
         elsewhere."""
         while True:
             await asyncio.sleep(self._config.fleet.health_interval_s)
+            if self._is_held:
+                continue
             busy = [
                 server for server in self._servers.values() if server.num_in_flight and not server.suspended
             ]
@@ -209,7 +211,7 @@ class ServerPool:
             pause_s = min(2 * pause_s, _MAX_SUSPENSION_S)
             if not server.suspended or self._servers.get(server.endpoint) is not server:
                 return
-            if await self._generates(server):
+            if not self._is_held and await self._generates(server):
                 server.suspended = ""
                 self._changed.set()
 

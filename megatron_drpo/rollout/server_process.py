@@ -76,13 +76,19 @@ class ServerProcess:
         self.process.wait(_KILL_TIMEOUT_S)
 
 
+def server_name(index: int) -> str:
+    """What messages call it."""
+    return f"rollout server {index}"
+
+
 class StartServer(Protocol):
-    """Starts a server under a name; its output is appended to `log_path`. Does not wait until it answers."""
+    """Starts the server of that number; its output is appended to `log_path`. Does not wait until it
+    answers."""
 
-    def __call__(self, name: str, log_path: Path) -> ServerProcess: ...
+    def __call__(self, index: int, log_path: Path) -> ServerProcess: ...
 
 
-def start_embedded(config: RolloutConfig, model: ServedModel, name: str, log_path: Path) -> ServerProcess:
+def start_embedded(config: RolloutConfig, model: ServedModel, index: int, log_path: Path) -> ServerProcess:
     """The server of `rollout/embedded/`."""
     embedded = config.embedded
     # The server inherits a socket that is bound already: no other process can take its port meanwhile.
@@ -102,13 +108,16 @@ def start_embedded(config: RolloutConfig, model: ServedModel, name: str, log_pat
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         process = _start(command, environment, log_path, pass_fds=[sock.fileno()])
-    return ServerProcess(name, f"http://{host}:{port}", log_path, process)
+    return ServerProcess(server_name(index), f"http://{host}:{port}", log_path, process)
 
 
 def start_sglang(
-    config: RolloutConfig, model: ServedModel, name: str, log_path: Path, *, on_cpu: bool
+    config: RolloutConfig, model: ServedModel, index: int, log_path: Path, *, first_gpu: int | None
 ) -> ServerProcess:
     """sglang.launch_server in the environment of `rollout.sglang.python`.
+
+    Args:
+        first_gpu: of server 0; the servers' GPUs follow each other. None: on the CPU.
 
     Raises:
         RolloutError: that interpreter does not exist.
@@ -121,15 +130,16 @@ def start_sglang(
         )
     with socket.create_server((sglang.host, 0)) as sock:  # SGLang takes no open socket: free again below
         port = sock.getsockname()[1]
+    on_cpu = first_gpu is None
     arguments = [
         *("--model-path", model.path, "--dtype", _DTYPE_NAMES[model.dtype]),
         *("--host", sglang.host, "--port", str(port), "--tp-size", str(sglang.tensor_parallel_size)),
         *("--weight-version", NO_VERSION, "--skip-server-warmup"),
+        *(_cpu_arguments() if first_gpu is None else _gpu_arguments(config, first_gpu, index)),
         *_given("--context-length", sglang.context_length),
         *_given("--max-total-tokens", sglang.max_total_tokens or (_CPU_MAX_TOTAL_TOKENS if on_cpu else None)),
         *(["--enable-return-routed-experts"] if model.routing_replay is RoutingReplay.rollout else []),
         *(["--enable-deterministic-inference"] if config.deterministic else []),
-        *(_cpu_arguments() if on_cpu else []),
         *sglang.arguments,
     ]
     command = [sglang.python, "-P", str(_SGLANG_SCRIPT), str(os.getpid()), *arguments]
@@ -137,7 +147,7 @@ def start_sglang(
     if config.api_key is not None:
         environment[API_KEY] = config.api_key
     process = _start(command, environment, log_path)
-    return ServerProcess(name, f"http://{sglang.host}:{port}", log_path, process)
+    return ServerProcess(server_name(index), f"http://{sglang.host}:{port}", log_path, process)
 
 
 def _given(flag: str, value: int | None) -> list[str]:
@@ -150,6 +160,11 @@ def _cpu_arguments() -> list[str]:
         # Idle processes that spin would take the cores from the trainer.
         *("--max-running-requests", "512", "--sleep-on-idle"),
     ]
+
+
+def _gpu_arguments(config: RolloutConfig, first_gpu: int, index: int) -> list[str]:
+    gpu = first_gpu + index * config.sglang.tensor_parallel_size
+    return ["--base-gpu-id", str(gpu), *(["--enable-memory-saver"] if config.colocated else [])]
 
 
 def _cpu_environment(tensor_parallel_size: int) -> dict[str, str]:

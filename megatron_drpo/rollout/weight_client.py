@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from megatron_drpo.errors import RolloutError, WeightSyncError
@@ -16,6 +17,13 @@ from megatron_drpo.rollout.client import SGLangClient, answer_field
 
 EMBEDDED = "embedded"
 """The `frontend` that this project's own server reports; SGLang's is `python`."""
+
+
+class MemoryTag(StrEnum):
+    """Parts of a server's memory, as SGLang names them."""
+
+    weights = "weights"
+    cache = "kv_cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,11 @@ class ServerInfo:
     @property
     def is_embedded(self) -> bool:
         return self.frontend == EMBEDDED
+
+    @property
+    def can_release_memory(self) -> bool:
+        """Whether `release_memory` would do what it says; on a CPU SGLang only goes through the motions."""
+        return self.device == "cpu" or bool(self.arguments.get("enable_memory_saver"))
 
 
 class WeightClient(SGLangClient):
@@ -158,6 +171,19 @@ class WeightClient(SGLangClient):
         answer = await self._post("/weights_checker", {"action": "checksum"})
         _check_success(answer, where)
         return [dict(answer_field(rank, "checksums", where)) for rank in answer_field(answer, "ranks", where)]
+
+    async def flush_cache(self, timeout_s: float) -> None:
+        """Wait until nothing is generated any more, then empty the cache."""
+        await self._post("/flush_cache", params={"timeout": timeout_s}, parse=False)
+
+    async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Free these parts of the memory; SGLang dies of it while it generates. Nothing is generated until
+        all of them are resumed."""
+        await self._post("/release_memory_occupation", {"tags": tags}, parse=False)
+
+    async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Take these parts back, which must have been released; weights are undefined until an update."""
+        await self._post("/resume_memory_occupation", {"tags": tags}, parse=False)
 
     async def _update(self, path: str, body: Mapping[str, Any]) -> None:
         _check_success(await self._post(path, body), f"{self.endpoint}{path}")

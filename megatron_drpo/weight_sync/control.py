@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.fleet_state import read_fleet
+from megatron_drpo.rollout.weight_client import MemoryTag
+from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.push import NamedTensors, WeightPusher
 
 _FIRST_PAUSE_S = 1.0
@@ -65,8 +67,15 @@ class FleetControl:
     """Gives servers weights. A server is fenced, that is in nobody's list, until it has the current
     version."""
 
-    def __init__(self, config: RolloutConfig, pusher: WeightPusher) -> None:
+    def __init__(
+        self, config: RolloutConfig, pusher: WeightPusher, memory: ServerMemory | None = None
+    ) -> None:
+        """
+        Args:
+            memory: with rollout.colocated.
+        """
         self._config = config
+        self._memory = memory
         self._pusher = pusher
         self._directory = build_directory(config)
         self.current: list[str] = []
@@ -78,23 +87,45 @@ class FleetControl:
         self._retry_at: dict[str, float] = {}
         self._num_failures: dict[str, int] = {}
 
-    def push(self, tensors: NamedTensors, policy_version: int) -> list[str]:
-        """Give every server that is there these weights, as a new version; who has them now.
+    def push(self, tensors: NamedTensors, policy_version: int) -> None:
+        """Give every server that is there these weights, as a new version; see `current`.
 
         Raises:
             WeightSyncError: no server took them; names each one's reason.
             RolloutError: no server came up within rollout.startup_timeout_s.
         """
         self.current = []
-        return self._push_to(self._wait_for_servers(), tensors, policy_version)
+        self._push_to(self._wait_for_servers(), tensors, policy_version)
 
-    def repair(self, tensors: NamedTensors, policy_version: int) -> list[str]:
-        """Give servers that lack the current weights another chance; who has them now."""
-        return self._push_to(self._behind(), tensors, policy_version)
+    def repair(self, tensors: NamedTensors, policy_version: int) -> None:
+        """Give servers that lack the current weights another chance; see `current`."""
+        self._push_to(self._behind(), tensors, policy_version)
 
     def wants_repair(self) -> bool:
         """Whether a server is there that lacks the current weights and is due for another chance."""
         return bool(self._behind())
+
+    def release_memory(self) -> None:
+        """With rollout.colocated: every server lets go of its memory. One that does not is fenced, as no
+        server has current weights from now on."""
+        assert self._memory is not None
+        self.current = []
+        self._memory.announce()
+        for endpoint, reason in self._memory.release(self._directory.endpoints()).items():
+            self.messages.append(f"{endpoint} keeps its memory: {reason}")
+
+    def resume_memory(self) -> None:
+        """With rollout.colocated: every server takes its memory back, to be given weights by another run."""
+        assert self._memory is not None
+        for tag in MemoryTag:
+            self._memory.resume(self._memory.released, tag)
+        self._memory.end()
+
+    def resume_cache(self) -> None:
+        """With rollout.colocated: servers that have the current weights can generate again."""
+        assert self._memory is not None
+        self._fence(self._memory.resume(self.current, MemoryTag.cache), "cannot take its cache back")
+        self._memory.end()
 
     def close(self) -> None:
         self._pusher.close()
@@ -105,23 +136,31 @@ class FleetControl:
         self.current = [endpoint for endpoint in self.current if endpoint in there]
         return [e for e in there if e not in self.current and self._retry_at.get(e, 0.0) <= now]
 
-    def _push_to(self, endpoints: list[str], tensors: NamedTensors, policy_version: int) -> list[str]:
+    def _push_to(self, endpoints: list[str], tensors: NamedTensors, policy_version: int) -> None:
+        if self._memory is not None:
+            refused = self._memory.resume(endpoints, MemoryTag.weights)
+            self._fence(refused, "cannot take its memory back")
+            endpoints = [endpoint for endpoint in endpoints if endpoint not in refused]
         report = self._pusher.push(tensors, policy_version, endpoints)
         self.current += report.updated
         for endpoint in report.updated:
             self._num_failures.pop(endpoint, None)
             self._retry_at.pop(endpoint, None)
         self.messages += report.notes
-        for endpoint, reason in report.failed.items():
-            self.messages.append(f"{endpoint} is fenced until it has weights {policy_version}: {reason}")
-            self.num_fenced += 1
-            count = self._num_failures[endpoint] = self._num_failures.get(endpoint, 0) + 1
-            self._retry_at[endpoint] = time.monotonic() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)
+        self._fence(report.failed, f"is fenced until it has weights {policy_version}")
         worst = max(self._num_failures.values(), default=0)
         if not self.current and worst >= self._config.fleet.max_failures:
             reasons = "\n".join(f"{endpoint}: {reason}" for endpoint, reason in report.failed.items())
             raise WeightSyncError(f"no rollout server could be given weights {policy_version}:\n{reasons}")
-        return self.current
+
+    def _fence(self, failures: Mapping[str, str], what: str) -> None:
+        """These servers do not have the current weights; they get another chance after a pause."""
+        for endpoint, reason in failures.items():
+            self.messages.append(f"{endpoint} {what}: {reason}")
+            self.num_fenced += 1
+            count = self._num_failures[endpoint] = self._num_failures.get(endpoint, 0) + 1
+            self._retry_at[endpoint] = time.monotonic() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)
+        self.current = [endpoint for endpoint in self.current if endpoint not in failures]
 
     def _wait_for_servers(self) -> list[str]:
         deadline = time.monotonic() + self._config.startup_timeout_s

@@ -34,11 +34,15 @@ def fleet(start_fleet: Callable[..., Fleet], arithmetic_model: Path) -> Fleet:
 
 @pytest.mark.sglang
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("path", "max_staleness"), [("tensor", 0), ("distributed", 1), ("disk", 2)])
+@pytest.mark.parametrize(
+    ("path", "max_staleness", "colocated"),
+    [("tensor", 0, False), ("distributed", 1, False), ("disk", 2, False), ("tensor", 0, True)],
+)
 def test_tokens_are_those_of_the_trainers_weights(
-    fleet: Fleet, arithmetic_model: Path, tmp_path: Path, path: str, max_staleness: int
+    fleet: Fleet, arithmetic_model: Path, tmp_path: Path, path: str, max_staleness: int, colocated: bool
 ) -> None:
-    """EP2 over each way of weight sync, verified by checksum; the trainer computes all logprobs again."""
+    """EP2 over each way of weight sync, verified by checksum, and taking turns in memory; the trainer
+    computes all logprobs again."""
     arguments = [
         *(
             "platform=cpu",
@@ -47,6 +51,7 @@ def test_tokens_are_those_of_the_trainers_weights(
         ),
         *(f"policy.model_path={arithmetic_model}", "policy.dtype=fp32", "optimizer.lr=1e-3"),
         *(f"rollout.fleet_file={fleet.path}", f"rollout.max_staleness={max_staleness}"),
+        *(f"rollout.colocated={colocated}", "checkpoint.save_every_steps=2"),
         *(f"weight_sync.path={path}", "weight_sync.verify_every=1"),
         *("parallel.data_parallel_size=2", "parallel.expert_parallel_size=2", "train.num_steps=4"),
         *(f"rollout.num_prompts_per_step={NUM_PROMPTS}", "rollout.num_samples_per_prompt=4"),

@@ -90,6 +90,7 @@ AT_LEAST_0 = [
     "rollout.max_staleness",
     "rollout.oversampling",
     "rollout.fleet.restart_backoff_s",
+    "rollout.fleet.first_gpu",
     "weight_sync.verify_every",
     "rollout.num_retries",
     "algorithm.correction.token_low",

@@ -18,10 +18,11 @@ from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.rollout.embedded.generator import Generator
 from megatron_drpo.rollout.embedded.protocol import BadRequest, ModelLimits, parse_generate, render_result
 from megatron_drpo.rollout.embedded.weights import WeightStore
-from megatron_drpo.rollout.weight_client import EMBEDDED
+from megatron_drpo.rollout.weight_client import EMBEDDED, MemoryTag
 from megatron_drpo.weight_sync.wire import decode_bucket
 
 T = TypeVar("T")
+_POLL_S = 0.02
 
 
 class EmbeddedApp:
@@ -47,6 +48,9 @@ class EmbeddedApp:
             ("/end_weight_update", self.end_weight_update),
             ("/update_weights_from_disk", self.update_weights_from_disk),
             ("/weights_checker", self.weights_checker),
+            ("/flush_cache", self.flush_cache),
+            ("/release_memory_occupation", self.release_memory),
+            ("/resume_memory_occupation", self.resume_memory),
         ]
         get: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
             ("/health", self.health),
@@ -170,6 +174,35 @@ class EmbeddedApp:
         ranks = [{"checksums": digests, "per_gpu_checksum": total}]
         message = {"success": True, "message": "", "ranks": ranks, "per_engine_checksum": total}
         return JSONResponse(message)
+
+    # ----------------------------------------------------------------------------------- memory
+
+    async def flush_cache(self, request: Request) -> Response:
+        """There is none between requests; like SGLang's, it waits until nothing is generated."""
+        deadline = time.monotonic() + float(request.query_params.get("timeout", 0))
+        while await _result(self._generator.call(self._generator.is_busy)):
+            if time.monotonic() > deadline:
+                raise BadRequest("the cache is not flushed while requests run")
+            await asyncio.sleep(_POLL_S)
+        return Response("Cache flushed.\n")
+
+    async def release_memory(self, request: Request) -> Response:
+        tags = await _memory_tags(request)
+        await _result(self._generator.call(lambda: self._generator.release(tags)))
+        return JSONResponse(None)
+
+    async def resume_memory(self, request: Request) -> Response:
+        tags = await _memory_tags(request)
+        await _result(self._generator.call(lambda: self._generator.resume_memory(tags)))
+        return JSONResponse(None)
+
+
+async def _memory_tags(request: Request) -> list[MemoryTag]:
+    tags = (await _json_object(request)).get("tags")
+    try:
+        return [MemoryTag(tag) for tag in (tags or MemoryTag)]
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"tags must be a list of {', '.join(MemoryTag)}") from error
 
 
 async def _result(future: Future[T]) -> T:

@@ -6,17 +6,18 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_drpo.errors import DrpoError, RolloutError
+from megatron_drpo.errors import DrpoError, RolloutError, WeightSyncError
 from megatron_drpo.rollout.embedded.protocol import SampleRequest, SampleResult
 from megatron_drpo.rollout.embedded.runner import ModelRunner
 from megatron_drpo.rollout.embedded.sampling import SamplingBatch
 from megatron_drpo.rollout.embedded.weights import WeightStore
+from megatron_drpo.rollout.weight_client import MemoryTag
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ class Generator:
         self._sampling: SamplingBatch | None = None
         self._closing = False
         self._paused = False
+        self._released: set[MemoryTag] = set()
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
 
@@ -84,6 +86,11 @@ class Generator:
     def submit(self, requests: list[SampleRequest]) -> Future[list[SampleResult]]:
         """Generate all samples; the future has them in order, or RolloutError if logits are not finite."""
         batch = _Batch(requests)
+        if self._released:
+            batch.future.set_exception(
+                RolloutError(f"this server has released its {', '.join(self._released)}")
+            )
+            return batch.future
         self._post(lambda: self._waiting.extend((batch, result) for result in batch.results))
         return batch.future
 
@@ -115,6 +122,25 @@ class Generator:
     def resume(self) -> None:
         """Go on after `pause`; run it through `call`."""
         self._paused = False
+
+    def release(self, tags: Collection[MemoryTag]) -> None:
+        """Free this memory; run it through `call`. Nothing can be submitted until it is taken back.
+
+        Raises:
+            WeightSyncError: samples are decoded or wait.
+        """
+        if self.is_busy():
+            raise WeightSyncError("memory can be released only while nothing is generated")
+        self._released |= set(tags)
+        if MemoryTag.weights in tags:
+            self._store.release()
+        self._runner.reset()
+
+    def resume_memory(self, tags: Collection[MemoryTag]) -> None:
+        """Take memory back; the weights are undefined until an update. Run it through `call`."""
+        if MemoryTag.weights in self._released & set(tags):
+            self._store.resume()
+        self._released -= set(tags)
 
     def close(self) -> None:
         """Stop after the current token and wait for the thread; harmless when it has ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -24,12 +25,15 @@ class WeightStore:
             ModelError: a parameter whose HF name is not in the folder: an unknown naming of experts.
         """
         self.version = version
+        self._model = model
         self._served = hf_views(model)
         unknown = sorted(self._served.keys() - set(hf_names))
         if unknown:
             raise ModelError(
                 f"the HF folder has no tensor {unknown[0]!r}: this model family is not supported"
             )
+        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        """While the memory is released."""
         self._staged: dict[str, torch.Tensor] | None = None
         self._staged_version: str | None = None
 
@@ -82,6 +86,20 @@ class WeightStore:
             self._served[name].copy_(tensor)
         self.version = self._staged_version
         self._staged = None
+
+    def release(self) -> None:
+        """Free the weights' memory, until `resume`."""
+        self._served = {}
+        for parameter in self._model.parameters():
+            self._shapes[parameter] = parameter.shape
+            parameter.data = parameter.new_empty(0)
+
+    def resume(self) -> None:
+        """Take the memory back. The weights are NaN until an update: a tensor that it forgets is noticed."""
+        for parameter, shape in self._shapes.items():
+            parameter.data = parameter.new_full(shape, math.nan)
+        self._shapes = {}
+        self._served = hf_views(self._model)
 
     def checksums(self) -> tuple[dict[str, str], str]:
         """Every tensor's digest by name, and the checksum of all."""

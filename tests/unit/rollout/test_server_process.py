@@ -25,14 +25,16 @@ time.sleep(60)
 """
 
 
-def started(tmp_path: Path, model: ServedModel, *, on_cpu: bool, **fields: Any) -> dict[str, Any]:
+def started(
+    tmp_path: Path, model: ServedModel, *, first_gpu: int | None = None, **fields: Any
+) -> dict[str, Any]:
     """Arguments and environment of the process; it is gone afterwards, with all that it started."""
     told, python = tmp_path / "told.json", tmp_path / "python"
     python.write_text(INTERPRETER.format(python=sys.executable, path=str(told)))
     python.chmod(0o755)
     sglang = SGLangServerConfig(python=str(python), **fields.pop("sglang", {}))
     config = RolloutConfig(sglang=sglang, **fields)
-    server = start_sglang(config, model, "rollout server 0", tmp_path / "log", on_cpu=on_cpu)
+    server = start_sglang(config, model, 2, tmp_path / "log", first_gpu=first_gpu)
     try:
         deadline = time.monotonic() + 20
         while not told.exists():
@@ -58,9 +60,7 @@ def flags(argv: list[str]) -> dict[str, str]:
 def test_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     model = ServedModel(path="model", dtype=Dtype.fp32, routing_replay=RoutingReplay.rollout)
-    told = started(
-        tmp_path, model, on_cpu=True, sglang={"tensor_parallel_size": 2, "arguments": ["--x", "1"]}
-    )
+    told = started(tmp_path, model, sglang={"tensor_parallel_size": 2, "arguments": ["--x", "1"]})
     assert told["argv"][:1] == ["-P"]
     assert told["argv"][1].endswith("run_sglang.py")
     assert told["argv"][2] == str(os.getpid())
@@ -88,9 +88,19 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the CPU's, and the key in the environment, not among the arguments that all can see."""
     monkeypatch.setenv("KEY", "secret")
     model = ServedModel(path="model", dtype=Dtype.bf16)
-    told = started(tmp_path, model, on_cpu=False, deterministic=True, api_key_env="KEY")
+    told = started(
+        tmp_path,
+        model,
+        first_gpu=4,
+        deterministic=True,
+        api_key_env="KEY",
+        colocated=True,
+        sglang={"tensor_parallel_size": 2},
+    )
     given = flags(told["argv"])
     assert given["--dtype"] == "bfloat16"
+    assert given["--base-gpu-id"] == "8", "after two servers of two GPUs each"
+    assert "--enable-memory-saver" in given
     assert "--enable-deterministic-inference" in given
     for flag in ("--device", "--max-total-tokens", "--sleep-on-idle", "--enable-return-routed-experts"):
         assert flag not in given
@@ -103,4 +113,4 @@ def test_an_environment_that_is_not_there(tmp_path: Path) -> None:
     config = RolloutConfig(sglang=SGLangServerConfig(python="nowhere/python"))
     model = ServedModel(path="model", dtype=Dtype.fp32)
     with pytest.raises(RolloutError, match="nowhere/python: there is no such file; `make sglang-env`"):
-        start_sglang(config, model, "server", tmp_path / "log", on_cpu=True)
+        start_sglang(config, model, 0, tmp_path / "log", first_gpu=None)

@@ -44,21 +44,25 @@ def make_control(pusher: Pusher, **fields: Any) -> FleetControl:
 def test_a_failed_server_is_fenced_and_gets_another_chance(clock: list[float]) -> None:
     pusher = Pusher()
     control = make_control(pusher, endpoints=["http://a", "http://b"])
-    assert control.push([], 1) == ["http://a", "http://b"]
+    control.push([], 1)
+    assert control.current == ["http://a", "http://b"]
     assert not control.wants_repair()
     pusher.broken = {"http://b"}
-    assert control.push([], 2) == ["http://a"]
+    control.push([], 2)
+    assert control.current == ["http://a"]
     assert control.messages == ["http://b is fenced until it has weights 2: reset"]
     assert not control.wants_repair(), "not at once"
     clock[0] += 1.1
     assert control.wants_repair()
-    assert control.repair([], 2) == ["http://a"]
+    control.repair([], 2)
+    assert control.current == ["http://a"]
     assert pusher.pushes[-1] == (2, ["http://b"])
     clock[0] += 1.1
     assert not control.wants_repair(), "the pause doubles"
     clock[0] += 1.0
     pusher.broken = set()
-    assert control.repair([], 2) == ["http://a", "http://b"]
+    control.repair([], 2)
+    assert control.current == ["http://a", "http://b"]
     assert control.num_fenced == 2
 
 
@@ -66,7 +70,8 @@ def test_no_server_at_all_is_an_error_after_some_tries(clock: list[float]) -> No
     pusher = Pusher()
     pusher.broken = {"http://a"}
     control = make_control(pusher, endpoints=["http://a"], fleet=FleetConfig(max_failures=2))
-    assert control.push([], 0) == []
+    control.push([], 0)
+    assert control.current == []
     clock[0] += 5
     with pytest.raises(
         WeightSyncError, match=r"no rollout server could be given weights 0:\nhttp://a: reset"
@@ -83,7 +88,8 @@ def test_a_restarted_server_of_a_fleet_is_behind(tmp_path: Path) -> None:
     fleet.write(path)
     pusher = Pusher()
     control = make_control(pusher, fleet_file=str(path))
-    assert control.push([], 3) == ["http://0", "http://1"]
+    control.push([], 3)
+    assert control.current == ["http://0", "http://1"]
     second.state = ServerStatus.restarting
     fleet.write(path)
     assert not control.wants_repair()
@@ -91,7 +97,8 @@ def test_a_restarted_server_of_a_fleet_is_behind(tmp_path: Path) -> None:
     second.state, second.endpoint = ServerStatus.up, "http://2"
     fleet.write(path)
     assert control.wants_repair()
-    assert control.repair([], 3) == ["http://0", "http://2"]
+    control.repair([], 3)
+    assert control.current == ["http://0", "http://2"]
     assert pusher.pushes[-1] == (3, ["http://2"])
     first.state = second.state = ServerStatus.left
     second.last_error = "died, exit code -9"

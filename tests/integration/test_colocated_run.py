@@ -1,0 +1,79 @@
+"""Runs whose trainer and server take turns in memory, beside the same runs without: not a bit differs.
+
+The embedded server fills the weights that it takes back with NaN, so a weight that is not published again
+shows at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_drpo import cli
+from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.lifetime import SUPERVISOR_PID
+
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.distributed, pytest.mark.timeout(200)]
+
+SAME = ("reward/mean", "loss/value", "optimizer/grad_norm", "policy/entropy", "eval/accuracy")
+
+
+@pytest.fixture
+def train(
+    run_arguments: Callable[..., list[str]], prompts_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """`train(run_dir, "key=value", ...)`: the metrics of a deterministic run of 3 steps on two ranks."""
+    monkeypatch.setenv(SUPERVISOR_PID, "")
+
+    def run(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+        arguments = run_arguments(
+            f"run_dir={run_dir}",
+            f"data.eval_path={prompts_path}",
+            "data.shuffle=false",
+            "train.num_steps=3",
+            "rollout.deterministic=true",
+            "parallel.data_parallel_size=2",
+            "parallel.expert_parallel_size=2",
+            "reward.name=tools.digit_reward:digit_share",
+            "algorithm.kl.coef=0.05",
+            "eval.every_steps=2",
+            "checkpoint.save_every_steps=1",
+            *overrides,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
+            assert cli.main(["train", *arguments]) == 0
+            gc.collect()
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_not_a_bit_differs(train: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    """Also after a restart from a checkpoint."""
+    apart = train(tmp_path / "apart")
+    train(tmp_path / "together", "rollout.colocated=true", "train.num_steps=2")
+    together = train(tmp_path / "together", "rollout.colocated=true")
+    assert [line["step"] for line in together] == [line["step"] for line in apart] == [0, 1, 2, 3]
+    for expected, found in zip(apart, together, strict=True):
+        if found["step"] == 2:  # the first run ended here, and evaluated as every run does at its end
+            found = {name: value for name, value in found.items() if not name.startswith("eval/")}
+        for name in SAME:
+            assert found.get(name, expected.get(name)) == expected.get(name), (found["step"], name)
+        assert ("time/handover_s" in found) == (found["step"] > 0)
+    exported = [HfFolder(tmp_path / name / "hf") for name in ("apart", "together")]
+    for name in exported[0]:
+        assert torch.equal(exported[0].get(name), exported[1].get(name)), name
+
+
+def test_it_excludes_sampling_ahead(run_arguments: Callable[..., list[str]], capsys: Any) -> None:
+    arguments = run_arguments("rollout.colocated=true", "rollout.max_staleness=1")
+    assert cli.main(["train", *arguments]) != 0
+    assert "rollout.colocated=True needs 0" in capsys.readouterr().err
