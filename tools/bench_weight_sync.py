@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("endpoints", nargs="+")
     parser.add_argument("--ways", nargs="+", choices=_WAYS, default=_WAYS)
-    parser.add_argument("--bucket-mib", type=int, default=30)
+    parser.add_argument("--bucket-mib", type=int, default=62)
     parser.add_argument("--num-repeats", type=int, default=7)
     parser.add_argument(
         "--run-dir", type=Path, help="where the disk path writes; default: a temporary folder"

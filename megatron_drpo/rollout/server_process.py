@@ -173,6 +173,10 @@ def _cpu_environment(tensor_parallel_size: int) -> dict[str, str]:
         "SGLANG_USE_CPU_ENGINE": "1",
         "TORCHDYNAMO_DISABLE": "1",  # compiling takes minutes and a compiler of C++
         "OMP_NUM_THREADS": "1",
+        # Memory that a weight update has received into stays for the next one: to get new pages from the
+        # kernel can take longer than to receive into them.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
         # One core for each tensor-parallel rank.
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(tensor_parallel_size)),
     }

@@ -33,9 +33,22 @@ def _register_no_host_memory(module: ModuleType) -> None:
     module._cuda_host_register = lambda *args, **kwargs: None  # type: ignore[attr-defined]
 
 
+def _sleep_while_paused(module: ModuleType) -> None:
+    """With --sleep-on-idle too, a paused scheduler spins: the cores that a weight update needs are taken."""
+    scheduler = module.Scheduler
+    record = scheduler._record_scheduler_state_for_paused_engine
+
+    def record_and_sleep(self: Any) -> None:
+        record(self)
+        self.maybe_sleep_on_idle()
+
+    scheduler._record_scheduler_state_for_paused_engine = record_and_sleep
+
+
 _BEFORE: dict[str, Callable[[], None]] = {"torchvision": _declare_torchvision_operators}
 _AFTER: dict[str, Callable[[ModuleType], None]] = {
-    "sglang.srt.mem_cache.pool_host.common": _register_no_host_memory
+    "sglang.srt.mem_cache.pool_host.common": _register_no_host_memory,
+    "sglang.srt.managers.scheduler": _sleep_while_paused,
 }
 
 
