@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from megatron_drpo.checkpoint import check_checkpoint
@@ -12,6 +13,7 @@ from megatron_drpo.config import (
     LogprobMode,
     Mode,
     Overlong,
+    Placement,
     PlatformName,
     RolloutEngineName,
     RoutingReplay,
@@ -141,6 +143,8 @@ def _check_rollout(config: Config) -> list[str]:
                 f"rollout.function={rollout.function}: algorithm.loss.name={config.algorithm.loss.name} "
                 "needs the most probable ids of every token, which inserted tokens do not have"
             )
+    if starts_fleet(config) and rollout.fleet.placement is Placement.ray:
+        problems += _check_ray(config)
     if rollout.engine is RolloutEngineName.sglang and starts_fleet(config):
         if not Path(rollout.sglang.python).is_file():
             problems.append(
@@ -153,6 +157,18 @@ def _check_rollout(config: Config) -> list[str]:
                 "rollout.deterministic=True: SGLang's deterministic inference needs a GPU; take "
                 "rollout.engine=embedded, or rollout.deterministic=false"
             )
+    return problems
+
+
+def _check_ray(config: Config) -> list[str]:
+    problems = []
+    if importlib.util.find_spec("ray") is None:
+        problems.append("rollout.fleet.placement=ray: Ray is not installed; pip install 'megatron-drpo[ray]'")
+    if config.rollout.colocated:
+        problems.append(
+            "rollout.fleet.placement=ray: rollout.colocated=True needs servers on the trainer's own GPUs, "
+            "which Ray does not know of; take placement=local, or rollout.endpoints"
+        )
     return problems
 
 

@@ -138,11 +138,21 @@ class SGLangServerConfig:
         yield from _at_least(self, key, 1, "tensor_parallel_size", "context_length", "max_total_tokens")
 
 
+class Placement(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
 @dataclass(kw_only=True)
 class FleetConfig:
     """How many servers are started, and what happens to one that fails."""
 
     num_servers: int = 1
+    placement: Placement = Placement.local
+    """Where: on this machine, or on the nodes of a Ray cluster, each server as an actor with
+    rollout.sglang.tensor_parallel_size GPUs that is started again on any node with room."""
+    ray_address: str = "auto"
+    """Of the cluster, e.g. 10.0.0.1:6379; auto: the one that this machine belongs to."""
     first_gpu: int | None = None
     """Index on this machine of the first server's first GPU; the others follow. Not given: after those of the
     trainer's ranks; 0 with rollout.colocated, and by `fleet up`."""

@@ -13,7 +13,7 @@ from typing import Self
 from megatron_drpo.config import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.fleet_state import FLEET_FILE, FleetState, ServerState, ServerStatus, yield_file
-from megatron_drpo.rollout.server_process import ServerProcess, StartServer, server_name
+from megatron_drpo.rollout.server_process import Server, StartServer, server_name
 
 _POLL_S = 0.1
 _START_POLL_S = 0.5
@@ -132,7 +132,7 @@ class _Keeper:
         self._publish = publish
         self._was_up = threading.Event()
         self._stopping = threading.Event()
-        self._server: ServerProcess | None = None
+        self._server: Server | None = None
         self._thread = threading.Thread(target=self._keep, name=name, daemon=True)
 
     def start(self) -> None:
@@ -199,7 +199,7 @@ class _Keeper:
             return str(error)
         self._server = server
         try:
-            self._change(ServerStatus.starting, endpoint=server.endpoint, pid=server.process.pid)
+            self._change(ServerStatus.starting, endpoint=server.endpoint, pid=server.pid)
             problem = self._wait_until_up(server) or self._watch(server)
             if problem:
                 self.failure = f"{server.name} ({server.endpoint}) {problem}; {server.log_tail()}"
@@ -208,7 +208,7 @@ class _Keeper:
             server.kill()
             self._server = None
 
-    def _wait_until_up(self, server: ServerProcess) -> str:
+    def _wait_until_up(self, server: Server) -> str:
         limit_s = self._config.startup_timeout_s
         deadline = time.monotonic() + limit_s
         while not self._stopping.wait(_START_POLL_S):
@@ -223,7 +223,7 @@ class _Keeper:
                 return ""
         return ""
 
-    def _watch(self, server: ServerProcess) -> str:
+    def _watch(self, server: Server) -> str:
         fleet = self._config.fleet
         healthy = checked = time.monotonic()
         while not self._stopping.wait(_POLL_S):

@@ -1,13 +1,15 @@
-"""From the configuration to a fleet of servers on this machine."""
+"""From the configuration to a fleet of servers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-from megatron_drpo.config import Config, PlatformName, RolloutEngineName
+from megatron_drpo.config import Config, Placement, PlatformName, RolloutConfig, RolloutEngineName
 from megatron_drpo.platform import build_platform
 from megatron_drpo.rollout.fleet import Fleet
-from megatron_drpo.rollout.server_process import ServedModel, start_embedded, start_sglang
+from megatron_drpo.rollout.server_process import ServedModel, StartServer, start_embedded, start_sglang
 
 
 def starts_fleet(config: Config) -> bool:
@@ -30,9 +32,25 @@ def build_fleet(config: Config, *, num_trainer_gpus: int = 0) -> Fleet:
         dtype=config.policy.dtype,
         routing_replay=config.policy.routing_replay,
     )
-    if rollout.engine is RolloutEngineName.embedded:
+    is_embedded = rollout.engine is RolloutEngineName.embedded
+    on_cpu = build_platform(config.platform).name is PlatformName.cpu
+    if rollout.fleet.placement is Placement.ray:
+        start: StartServer = _start_on_ray(rollout, model, on_cpu=on_cpu or is_embedded)
+    elif is_embedded:
         start = partial(start_embedded, rollout, model)
     else:
-        on_cpu = build_platform(config.platform).name is PlatformName.cpu
         start = partial(start_sglang, rollout, model, first_gpu=None if on_cpu else first_gpu)
     return Fleet(rollout, start, config.run_dir)
+
+
+def _start_on_ray(rollout: RolloutConfig, model: ServedModel, *, on_cpu: bool) -> StartServer:
+    # Only who asks for it needs the extra.
+    from megatron_drpo.rollout.ray_servers import LaunchEmbedded, LaunchSGLang, RayStart
+
+    # Ray's workers have another working folder.
+    model = replace(model, path=str(Path(model.path).absolute()))
+    python = str(Path(rollout.sglang.python).absolute())
+    rollout = replace(rollout, sglang=replace(rollout.sglang, python=python))
+    is_embedded = rollout.engine is RolloutEngineName.embedded
+    launch = LaunchEmbedded(model) if is_embedded else LaunchSGLang(model, on_cpu)
+    return RayStart(rollout, launch, on_cpu=on_cpu)

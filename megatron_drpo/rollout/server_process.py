@@ -40,8 +40,36 @@ class ServedModel:
     routing_replay: RoutingReplay = RoutingReplay.none
 
 
+class Server(Protocol):
+    """A server that has been started, here or elsewhere."""
+
+    name: str
+    endpoint: str
+
+    @property
+    def pid(self) -> int:
+        """Of its process, where that runs."""
+        ...
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        ...
+
+    def generates(self, *, timeout_s: float, api_key: str | None = None) -> bool:
+        """See the function of this name."""
+        ...
+
+    def log_tail(self) -> str:
+        """The last lines that it wrote."""
+        ...
+
+    def kill(self) -> None:
+        """End it and every process that it started, at once: it has no state worth saving. Repeatable."""
+        ...
+
+
 class ServerProcess:
-    """A server that has been started; it leads a process group of its own."""
+    """A server on this machine; it leads a process group of its own."""
 
     def __init__(self, name: str, endpoint: str, log_path: Path, process: subprocess.Popen[bytes]) -> None:
         self.name = name
@@ -49,31 +77,35 @@ class ServerProcess:
         self.log_path = log_path
         self.process = process
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def exit_code(self) -> int | None:
-        """None while it runs."""
         return self.process.poll()
 
     def generates(self, *, timeout_s: float, api_key: str | None = None) -> bool:
-        """Whether /health_generate answers in time: a token was sampled, or requests in flight made
-        progress."""
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            # No certificates for plain HTTP: loading them takes 20 ms.
-            with httpx.Client(trust_env=False, verify=False, timeout=timeout_s, headers=headers) as http:
-                return http.get(f"{self.endpoint}/health_generate").is_success
-        except httpx.TransportError:
-            return False
+        return generates(self.endpoint, timeout_s=timeout_s, api_key=api_key)
 
     def log_tail(self) -> str:
-        """The last lines that the server wrote."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-_NUM_LOG_LINES:]
         return "\n".join([f"the end of {self.log_path}:", *lines])
 
     def kill(self) -> None:
-        """End the server and every process that it started, at once: it has no state worth saving."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(_KILL_TIMEOUT_S)
+
+
+def generates(endpoint: str, *, timeout_s: float, api_key: str | None = None) -> bool:
+    """Whether /health_generate answers in time: a token was sampled, or requests in flight made progress."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        # No certificates for plain HTTP: loading them takes 20 ms.
+        with httpx.Client(trust_env=False, verify=False, timeout=timeout_s, headers=headers) as http:
+            return http.get(f"{endpoint}/health_generate").is_success
+    except httpx.TransportError:
+        return False
 
 
 def server_name(index: int) -> str:
@@ -85,7 +117,7 @@ class StartServer(Protocol):
     """Starts the server of that number; its output is appended to `log_path`. Does not wait until it
     answers."""
 
-    def __call__(self, index: int, log_path: Path) -> ServerProcess: ...
+    def __call__(self, index: int, log_path: Path) -> Server: ...
 
 
 def start_embedded(config: RolloutConfig, model: ServedModel, index: int, log_path: Path) -> ServerProcess:
