@@ -17,6 +17,7 @@ from megatron_drpo.config import (
     PlatformName,
     RolloutEngineName,
     RoutingReplay,
+    WeightSyncPath,
 )
 from megatron_drpo.data.jsonl import check_prompt_file
 from megatron_drpo.errors import CheckpointError, ConfigError, ModelError
@@ -143,6 +144,11 @@ def _check_rollout(config: Config) -> list[str]:
                 f"rollout.function={rollout.function}: algorithm.loss.name={config.algorithm.loss.name} "
                 "needs the most probable ids of every token, which inserted tokens do not have"
             )
+    is_embedded = rollout.engine is RolloutEngineName.embedded
+    if starts_fleet(config) and is_embedded and config.weight_sync.path is WeightSyncPath.distributed:
+        problems.append(
+            "weight_sync.path=distributed needs rollout.engine=sglang: the embedded server joins no broadcast"
+        )
     if starts_fleet(config) and rollout.fleet.placement is Placement.ray:
         problems += _check_ray(config)
     if rollout.engine is RolloutEngineName.sglang and starts_fleet(config):

@@ -1,4 +1,4 @@
-"""An asyncio event loop in a thread of its own: requests go on while the trainer computes."""
+"""An asyncio event loop in a daemon thread of its own: requests go on while the trainer computes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class EventLoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    @property
+    def is_closed(self) -> bool:
+        return self._loop.is_closed()
 
     def close(self) -> None:
         """Cancel what still runs and end the thread; harmless when it has ended."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_drpo.config import Config
 from megatron_drpo.errors import ConfigError, RolloutError
-from megatron_drpo.rollout.fleet_state import FLEET_FILE, ServerState, read_fleet
+from megatron_drpo.rollout.fleet_state import FLEET_FILE, ServerState, find_owner, read_fleet
 from megatron_drpo.rollout.launch import build_fleet, starts_fleet
 
 _POLL_S = 0.5
@@ -36,7 +36,7 @@ def up(config: Config, stop: threading.Event | None = None) -> None:
             "fleet up: rollout.endpoints or rollout.fleet_file names servers that exist; leave both out"
         )
     path = Path(config.run_dir) / FLEET_FILE
-    if path.exists() and _owner(read_fleet(path).pid) is not None:
+    if path.exists() and find_owner(read_fleet(path)) is not None:
         raise ConfigError(f"fleet up: {path} belongs to a fleet that runs; `megatron-drpo fleet down {path}`")
     console = Console(highlight=False)
     if threading.current_thread() is threading.main_thread():
@@ -47,11 +47,14 @@ def up(config: Config, stop: threading.Event | None = None) -> None:
         for endpoint in fleet.endpoints:
             console.print(f"  [green]up[/] {endpoint}")
         console.print(f"train with rollout.fleet_file={path}; Ctrl-C ends the servers")
+        if threading.current_thread() is threading.main_thread():  # `fleet down` is no interruption
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())
         seen: dict[str, str] = {}
         while not stop.wait(_POLL_S):
             for server in fleet.servers:
                 _report(console, server, seen)
             fleet.check()
+    console.print("the fleet has ended")
 
 
 def down(target: str) -> None:
@@ -61,26 +64,19 @@ def down(target: str) -> None:
         RolloutError: there is no fleet, or its owner does not end.
     """
     path = Path(target) / FLEET_FILE if Path(target).is_dir() else Path(target)
-    pid = read_fleet(path).pid
-    owner = _owner(pid)
+    fleet = read_fleet(path)
+    owner = find_owner(fleet)
     if owner is None:
         path.unlink(missing_ok=True)
-        raise RolloutError(f"{path}: its owner, process {pid}, does not run any more, nor do its servers")
+        raise RolloutError(
+            f"{path}: its owner, process {fleet.pid}, does not run any more, nor do its servers"
+        )
     owner.terminate()
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
-            raise RolloutError(f"{path}: process {pid} has not ended within {_STOP_TIMEOUT_S:g} s")
+            raise RolloutError(f"{path}: process {owner.pid} has not ended within {_STOP_TIMEOUT_S:g} s")
         time.sleep(_POLL_S)
-
-
-def _owner(pid: int) -> psutil.Process | None:
-    """The process of a fleet, if it still runs and its number has not gone to another program."""
-    try:
-        owner = psutil.Process(pid)
-        return owner if any("megatron" in argument for argument in owner.cmdline()) else None
-    except psutil.NoSuchProcess:
-        return None
 
 
 def _report(console: Console, server: ServerState, seen: dict[str, str]) -> None:

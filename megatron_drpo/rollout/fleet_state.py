@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+import psutil
+
 from megatron_drpo.errors import RolloutError
 
 FLEET_FILE = "fleet.json"
@@ -81,6 +83,16 @@ class FleetState:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
         partial.replace(path)
+
+
+def find_owner(fleet: FleetState) -> psutil.Process | None:
+    """The process that owns a fleet, if it runs on this machine and its number has not gone to another
+    program."""
+    try:
+        owner = psutil.Process(fleet.pid)
+        return owner if any("megatron" in argument for argument in owner.cmdline()) else None
+    except psutil.Error:
+        return None
 
 
 def read_fleet(path: str | Path) -> FleetState:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,7 +17,13 @@ from rich.text import Text
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.client import ServerLoad, SGLangClient
-from megatron_drpo.rollout.fleet_state import FLEET_FILE, FleetState, ServerState, ServerStatus, read_fleet
+from megatron_drpo.rollout.fleet_state import (
+    FLEET_FILE,
+    ServerState,
+    ServerStatus,
+    find_owner,
+    read_fleet,
+)
 
 REFRESH_S = 1.0
 _PROBE_TIMEOUT_S = 2.0
@@ -138,7 +143,7 @@ def look(path: str | Path, api_key: str | None = None) -> FleetReport:
         pid=fleet.pid,
         updated=fleet.updated,
         servers=ask(fleet.servers, api_key),
-        owner_runs=_runs(fleet),
+        owner_runs=find_owner(fleet) is not None,
     )
 
 
@@ -160,14 +165,6 @@ async def _ask(server: ServerState, api_key: str | None) -> ServerReport:
     except RolloutError:
         return ServerReport(state=server)
     return ServerReport(state=server, policy_version=version, load=load)
-
-
-def _runs(fleet: FleetState) -> bool:
-    """Whether the owner runs on this machine, and its number has not gone to another program."""
-    try:
-        return any("megatron" in argument for argument in psutil.Process(fleet.pid).cmdline())
-    except psutil.Error:
-        return False
 
 
 # ------------------------------------------------------------------------------------------ the table

@@ -8,18 +8,17 @@ end -> verify -> continue. Requests in flight stay where they are meanwhile and 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.hf_io import read_hf_config
+from megatron_drpo.rollout.event_loop import EventLoopThread
 from megatron_drpo.weight_sync.bucket import Bucket, BucketPacker, NamedTensors
 from megatron_drpo.weight_sync.disk_path import DiskPath
 from megatron_drpo.weight_sync.distributed_path import DistributedPath
@@ -28,7 +27,6 @@ from megatron_drpo.weight_sync.servers import Servers
 from megatron_drpo.weight_sync.tensor_path import TensorPath
 from megatron_drpo.weight_sync.verify import Checksums, Verification
 
-T = TypeVar("T")
 _CPU = torch.device("cpu")
 
 
@@ -88,7 +86,7 @@ class WeightPusher:
         self._agreed_version = ""
         self._agreed: Mapping[Any, Checksums] = {}
         self._has_noted_unknown = False
-        self._loop = _LoopThread()
+        self._loop = EventLoopThread("weight sync")
 
     def push(self, tensors: NamedTensors, policy_version: int, endpoints: Sequence[str]) -> PushReport:
         """Make servers serve these weights as `policy_version`; a server's failure is reported, not raised.
@@ -116,15 +114,15 @@ class WeightPusher:
 
     def close(self) -> None:
         """Leave the groups and close the connections, without waiting for dead servers; repeatable."""
-        if self._loop.is_stopped:
+        if self._loop.is_closed:
             return
 
         async def close() -> None:
             await self._path.close()
             await self._servers.close()
 
-        self._loop.submit(close()).result()
-        self._loop.stop()
+        self._loop.run(close())
+        self._loop.close()
 
     # ------------------------------------------------------------------------- in the loop's thread
 
@@ -202,26 +200,3 @@ def _build_path(
         servers_per_group=config.servers_per_group,
         timeout_s=config.timeout_s,
     )
-
-
-class _LoopThread:
-    """An event loop in a daemon thread: nothing that hangs there keeps the process alive."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="weight sync", daemon=True)
-        self._thread.start()
-
-    def submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine there."""
-        return asyncio.run_coroutine_threadsafe(call, self._loop)
-
-    @property
-    def is_stopped(self) -> bool:
-        return self._loop.is_closed()
-
-    def stop(self) -> None:
-        """End the thread; what still runs there is abandoned."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()

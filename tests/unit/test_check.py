@@ -17,18 +17,27 @@ from megatron_drpo.check import check_config, warn_config
 from megatron_drpo.config import (
     Advantage,
     AlgorithmConfig,
+    Anchor,
     CheckpointConfig,
     Config,
     DataConfig,
     DynamicSamplingConfig,
+    FleetConfig,
     LossConfig,
     Mode,
     Overlong,
     ParallelConfig,
+    Placement,
+    PlatformName,
     PolicyConfig,
     RewardConfig,
     RolloutConfig,
+    RolloutEngineName,
+    RoutingReplay,
+    SGLangServerConfig,
     TrainConfig,
+    WeightSyncConfig,
+    WeightSyncPath,
 )
 
 
@@ -195,6 +204,77 @@ def test_settings_that_do_not_go_together(
     Path(config.data.train_path).write_text('{"prompt": "1+1=", "response": "2"}\n')
     config.train = TrainConfig(mode=Mode.sft)
     assert check_config(config) == [], "nothing of this matters without rollouts"
+
+
+@pytest.mark.parametrize(
+    ("rollout", "sync", "expected"),
+    [
+        ({"function": "nowhere:solve"}, {}, ["rollout.function=nowhere:solve"]),
+        ({"engine": RolloutEngineName.sglang}, {}, ["rollout.sglang.python=.venv-none/python: no such file"]),
+        (
+            {"engine": RolloutEngineName.sglang, "deterministic": True},
+            {},
+            ["no such file", "rollout.deterministic=True: SGLang's deterministic inference needs a GPU"],
+        ),
+        ({"engine": RolloutEngineName.sglang, "endpoints": ["http://there"]}, {}, []),
+        (
+            {"fleet": FleetConfig(placement=Placement.ray), "colocated": True},
+            {},
+            ["rollout.fleet.placement=ray: rollout.colocated=True needs servers on the trainer's own GPUs"],
+        ),
+        ({"fleet": FleetConfig(placement=Placement.ray)}, {}, []),
+        (
+            {},
+            {"path": WeightSyncPath.distributed},
+            ["weight_sync.path=distributed needs rollout.engine=sglang: the embedded server joins no"],
+        ),
+        ({"endpoints": ["http://there"]}, {"path": WeightSyncPath.distributed}, []),
+    ],
+)
+def test_servers_that_cannot_be_as_wanted(
+    config: Config, rollout: dict[str, Any], sync: dict[str, Any], expected: list[str]
+) -> None:
+    config.platform = PlatformName.cpu
+    config.rollout = RolloutConfig(sglang=SGLangServerConfig(python=".venv-none/python"), **rollout)
+    config.weight_sync = WeightSyncConfig(**sync)
+    problems = check_config(config)
+    assert len(problems) == len(expected), problems
+    for problem, text in zip(problems, expected, strict=True):
+        assert text in problem
+
+
+@pytest.mark.parametrize(
+    ("replay", "changes", "expected"),
+    [
+        (RoutingReplay.rollout, {}, ["needs rollout.engine=sglang: the embedded server does not report"]),
+        (RoutingReplay.recomputed, {}, ["needs algorithm.anchor=recomputed"]),
+        (RoutingReplay.recomputed, {"algorithm": AlgorithmConfig(anchor=Anchor.recomputed)}, []),
+        (
+            RoutingReplay.recomputed,
+            {"train": TrainConfig(mode=Mode.sft), "algorithm": AlgorithmConfig(anchor=Anchor.recomputed)},
+            ["train.mode=sft has no pass whose routes could be replayed"],
+        ),
+    ],
+)
+def test_routes_that_cannot_be_replayed(
+    config: Config, replay: RoutingReplay, changes: dict[str, Any], expected: list[str]
+) -> None:
+    Path(config.data.train_path).write_text('{"prompt": "1+1=", "answer": "2", "response": "2"}\n')
+    config.policy = replace(config.policy, routing_replay=replay)
+    for name, section in changes.items():
+        setattr(config, name, section)
+    problems = check_config(config)
+    assert len(problems) == len(expected), problems
+    for problem, text in zip(problems, expected, strict=True):
+        assert problem.startswith(f"policy.routing_replay={replay}")
+        assert text in problem
+
+
+def test_a_dense_model_has_no_routes(config: Config, hf_model: Callable[[str], Path]) -> None:
+    config.policy = PolicyConfig(model_path=str(hf_model("dense")), routing_replay=RoutingReplay.recomputed)
+    config.algorithm = AlgorithmConfig(anchor=Anchor.recomputed)
+    (problem,) = check_config(config)
+    assert "has no experts" in problem
 
 
 def test_dropping_what_uncentred_advantages_would_learn_from(config: Config) -> None:

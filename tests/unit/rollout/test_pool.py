@@ -1,0 +1,152 @@
+"""Which server a request goes to, with servers that say what they are told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+import pytest
+
+from megatron_drpo.config import FleetConfig, RolloutConfig
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.client import SGLangClient
+from megatron_drpo.rollout.pool import ServerLostError, ServerPool
+
+A, B = "http://a", "http://b"
+
+
+class Client:
+    """Generates unless its endpoint is in `broken`."""
+
+    def __init__(self, endpoint: str, broken: set[str]) -> None:
+        self.endpoint = endpoint
+        self.num_probes = 0
+        self._broken = broken
+
+    async def generates(self, *, timeout_s: float) -> bool:
+        self.num_probes += 1
+        return self.endpoint not in self._broken
+
+    async def close(self) -> None:
+        return
+
+
+def run(test: Callable[[ServerPool, set[str]], Coroutine[Any, Any, None]], **fields: Any) -> None:
+    """Run a test with a pool of A and B in an event loop of its own."""
+    broken: set[str] = set()
+    fleet = FleetConfig(health_interval_s=0.05)
+    config = RolloutConfig(fleet=fleet, no_server_timeout_s=fields.pop("no_server_timeout_s", 5.0), **fields)
+
+    async def main() -> None:
+        pool = ServerPool(config, lambda endpoint: cast(SGLangClient, Client(endpoint, broken)))
+        await pool.set_servers([A, B])
+        try:
+            await test(pool, broken)
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+
+
+async def take(pool: ServerPool, num_samples: int = 1, **choice: Any) -> str:
+    """The endpoint of a lease that ends at once."""
+    async with pool.lease(num_samples, **choice) as server:
+        return server.endpoint
+
+
+def test_the_least_busy_but_a_known_prefix_is_worth_some_load() -> None:
+    async def test(pool: ServerPool, _: set[str]) -> None:
+        assert await take(pool) == A
+        async with pool.lease(4) as first:
+            assert first.endpoint == A
+            assert await take(pool) == B
+            async with pool.lease(2, avoid={A}):
+                assert await take(pool) == B
+                assert await take(pool, preferred=A) == A, "4 in flight are twice the idlest's 2"
+            async with pool.lease(1, avoid={A}):
+                assert await take(pool, preferred=A) == B, "more than twice"
+            assert await take(pool, preferred="http://gone") == B
+        assert await take(pool, avoid={A, B}) == A, "better than none"
+
+    run(test)
+
+
+def test_a_suspended_server_comes_back_when_it_generates() -> None:
+    async def test(pool: ServerPool, broken: set[str]) -> None:
+        broken.add(A)
+        pool.suspend(pool.servers[0], "reset")
+        assert await take(pool, preferred=A) == B
+        assert pool.describe() == f"{A}: 0 samples in flight, suspended: reset; {B}: 0 samples in flight"
+        await asyncio.sleep(0.3)
+        assert await take(pool, preferred=A) == B, "it does not generate yet"
+        broken.clear()
+        await asyncio.sleep(0.5)
+        assert await take(pool, preferred=A) == A
+
+    run(test)
+
+
+def test_a_fenced_server_comes_back_only_with_new_weights() -> None:
+    async def test(pool: ServerPool, _: set[str]) -> None:
+        pool.fence(pool.servers[0], "old weights")
+        await asyncio.sleep(0.3)
+        assert await take(pool, preferred=A) == B
+        await pool.set_servers([A, B])
+        assert await take(pool, preferred=A) == A
+
+    run(test)
+
+
+def test_requests_at_a_server_that_leaves_or_hangs_are_given_up() -> None:
+    async def hang(pool: ServerPool, endpoint: str) -> None:
+        async with pool.lease(1, preferred=endpoint) as server:
+            await server.run(asyncio.sleep(60))
+
+    async def test(pool: ServerPool, broken: set[str]) -> None:
+        leaving = asyncio.ensure_future(hang(pool, A))
+        await asyncio.sleep(0)
+        await pool.set_servers([B])
+        with pytest.raises(ServerLostError, match=f"{A} left the fleet or hangs"):
+            await leaving
+        hanging = asyncio.ensure_future(hang(pool, B))
+        await asyncio.sleep(0.15)
+        assert not hanging.done(), "a probe that succeeds gives nothing up"
+        broken.add(B)
+        with pytest.raises(ServerLostError, match=f"{B} left the fleet or hangs"):
+            await asyncio.wait_for(hanging, 2)
+        assert pool.servers[0].suspended == "it generates nothing"
+        assert pool.servers[0].num_in_flight == 0
+
+    run(test)
+
+
+def test_a_held_pool_gives_out_and_asks_nobody() -> None:
+    """As while weights are new, or the trainer has the servers' memory."""
+
+    async def test(pool: ServerPool, _: set[str]) -> None:
+        pool.suspend(pool.servers[0], "reset")
+        async with pool.lease(1):
+            pool.hold()
+            waiting = asyncio.ensure_future(take(pool))
+            await asyncio.sleep(0.4)
+            assert not waiting.done()
+            assert [cast(Any, server.client).num_probes for server in pool.servers] == [0, 0]
+            await pool.set_servers([B])
+        assert await waiting == B
+
+    run(test)
+
+
+def test_no_server_for_too_long_is_an_error_that_says_why() -> None:
+    async def test(pool: ServerPool, broken: set[str]) -> None:
+        broken |= {A, B}
+        for server in pool.servers:
+            pool.suspend(server, "reset by peer")
+        with pytest.raises(RolloutError, match=r"no_server_timeout_s=0\.2: http://a: .*reset by peer"):
+            await take(pool)
+        await pool.set_servers([])
+        with pytest.raises(RolloutError, match="no server has current weights"):
+            await take(pool)
+
+    run(test, no_server_timeout_s=0.2)

@@ -1,0 +1,178 @@
+"""What a request meets, and what becomes of its samples, with servers that follow a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, cast
+
+import pytest
+
+from megatron_drpo.config import RolloutConfig
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.client import SampleRequest, ServerFailureError, SGLangClient, UnreachableError
+from megatron_drpo.rollout.pool import ServerPool
+from megatron_drpo.rollout.sample import Sample
+from megatron_drpo.rollout.sampler import Sampler
+from megatron_drpo.types import FinishReason, Prompt
+
+A, B = "http://a", "http://b"
+Step = Callable[[Sequence[SampleRequest]], list[dict[str, Any]]]
+
+
+def answer(ids: list[int], version: str = "7", kind: str = "stop") -> dict[str, Any]:
+    """As SGLang's /generate."""
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "finish_reason": {"type": kind},
+            "weight_version": version,
+            "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
+            "completion_tokens": len(ids),
+            "output_token_logprobs": [[-0.5, i, None] for i in ids],
+        },
+    }
+
+
+class Client:
+    """Its answers, or the errors it raises, in order; then each sample gets token 5."""
+
+    def __init__(self, endpoint: str, script: list[Step | Exception]) -> None:
+        self.endpoint = endpoint
+        self.script = script
+        self.requests: list[SampleRequest] = []
+        self.keys: list[str] = []
+        self.aborted: list[str] = []
+        self.abort_event = asyncio.Event()
+
+    async def generate(
+        self, requests: Sequence[SampleRequest], *, extra_key: str, **_: Any
+    ) -> list[dict[str, Any]]:
+        self.requests += requests
+        self.keys.append(extra_key)
+        step = self.script.pop(0) if self.script else None
+        if isinstance(step, Exception):
+            raise step
+        if step is None:
+            return [answer([5], version=extra_key) for _ in requests]
+        result = step(requests)
+        if not result:  # held until it is aborted
+            await self.abort_event.wait()
+            return [answer([4, 4], version=extra_key, kind="abort") for _ in requests]
+        return result
+
+    async def abort(self, rid: str) -> None:
+        self.aborted.append(rid)
+        self.abort_event.set()
+
+    async def generates(self, *, timeout_s: float) -> bool:
+        return False
+
+    async def close(self) -> None:
+        return
+
+
+class Bench:
+    """A sampler over A and B."""
+
+    def __init__(self, scripts: dict[str, list[Step | Exception]], **fields: Any) -> None:
+        self.clients: dict[str, Client] = {}
+        config = RolloutConfig(no_server_timeout_s=1.0, **fields)
+
+        def build(endpoint: str) -> SGLangClient:
+            self.clients[endpoint] = Client(endpoint, scripts.get(endpoint, []))
+            return cast(SGLangClient, self.clients[endpoint])
+
+        self.pool = ServerPool(config, build)
+        self.sampler = Sampler(config, self.pool, vocab_size=50)
+        self.sampler.policy_version = 7
+
+
+def run(
+    test: Callable[[Bench], Coroutine[Any, Any, None]],
+    scripts: dict[str, list[Step | Exception]],
+    **fields: Any,
+) -> None:
+    async def main() -> None:
+        bench = Bench(scripts, **fields)
+        await bench.pool.set_servers([A, B])
+        try:
+            await test(bench)
+        finally:
+            await bench.pool.close()
+
+    asyncio.run(main())
+
+
+def make_samples(count: int) -> list[Sample]:
+    prompt = Prompt(id=3, text="", token_ids=(7, 8))
+    params = {"max_new_tokens": 10, "stop_token_ids": [1]}
+    return [
+        Sample(prompt=prompt, index=i, name=f"sample{i}", seed_key=f"0/{i}", params=params)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("error", [UnreachableError("reset"), ServerFailureError("HTTP 500")])
+def test_a_failed_request_goes_elsewhere_under_another_id(error: Exception) -> None:
+    async def test(bench: Bench) -> None:
+        samples = make_samples(2)
+        await bench.sampler.complete(samples)
+        assert all(sample.is_finished for sample in samples)
+        first, second = bench.clients[A].requests, bench.clients[B].requests
+        assert [len(first), len(second)] == [2, 2]
+        assert not {request.rid for request in first} & {request.rid for request in second}
+        assert [r.sampling_params for r in first] == [r.sampling_params for r in second]
+        assert bench.clients[B].keys == ["7"]
+        assert bench.sampler.num_retries == 1
+        # A 500 may be the request's own fault: only a lost connection says that the server is ill.
+        assert bool(bench.pool.servers[0].suspended) == isinstance(error, UnreachableError)
+
+    run(test, {A: [error]})
+
+
+def test_too_many_failures_name_the_servers() -> None:
+    async def test(bench: Bench) -> None:
+        with pytest.raises(RolloutError, match=r"http 500 at b \(attempt 2; before: http 500 at a\)"):
+            await bench.sampler.complete(make_samples(1))
+
+    errors: dict[str, list[Step | Exception]] = {
+        A: [ServerFailureError("http 500 at a")],
+        B: [ServerFailureError("http 500 at b")],
+    }
+    run(test, errors, num_retries=1)
+
+
+@pytest.mark.parametrize("version", ["6", "9"])
+def test_tokens_of_other_weights_are_dropped_and_the_server_is_fenced(version: str) -> None:
+    async def test(bench: Bench) -> None:
+        (sample,) = make_samples(1)
+        await bench.sampler.complete([sample])
+        assert sample.completion().token_ids == [5]
+        assert sample.server == B
+        assert bench.pool.servers[0].suspended
+
+    run(test, {A: [lambda requests: [answer([9, 9], version=version) for _ in requests]]})
+
+
+def test_an_interrupted_sample_goes_on_from_its_tokens_with_the_new_weights() -> None:
+    async def test(bench: Bench) -> None:
+        samples = make_samples(2)
+        work = asyncio.ensure_future(bench.sampler.complete(samples))
+        await asyncio.sleep(0.05)
+        await bench.sampler.interrupt()
+        await asyncio.sleep(0.05)
+        assert not work.done()
+        assert len(bench.clients[A].aborted) == 2
+        bench.sampler.policy_version = 8
+        await bench.pool.set_servers([A, B])
+        await work
+        for sample in samples:
+            assert sample.completion().token_ids == [4, 4, 5]
+            assert sample.completion().policy_versions == [7, 7, 8]
+            assert sample.completion().finish_reason is FinishReason.stop
+        assert [list(r.token_ids) for r in bench.clients[A].requests[2:]] == [[7, 8, 4, 4]] * 2, "same server"
+        assert bench.clients[A].keys == ["7", "8"]
+        assert bench.sampler.num_retries == 0, "no failure"
+
+    run(test, {A: [lambda _: []]})
