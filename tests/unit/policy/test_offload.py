@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_drpo.config import AlgorithmConfig, Config, Dtype, KlConfig, LossConfig
+from megatron_drpo.config import AlgorithmConfig, Config, Dtype, KlConfig, LossConfig, PlatformName
+from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
+from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.offload import MemoryPart
+from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch, TrainSequence
 
@@ -97,3 +103,46 @@ def test_weights_can_stay(config: Config, build_policy: Callable[[Config], Polic
     policy.memory.offload(MemoryPart.gradients, MemoryPart.optimizer)
     assert held_bytes(policy)["weights"] == before["weights"]
     assert held_bytes(policy)["gradients"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [Dtype.fp32, Dtype.bf16])
+def test_on_a_gpu(
+    policy_config: Callable[..., Config], make_sequences: Callable[..., list[TrainSequence]], dtype: Dtype
+) -> None:
+    """In a process of its own: here torch.cuda may have the CPU platform's meaning."""
+    config = policy_config("moe", dtype=dtype)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        seen = executor.submit(travel_on_gpu, config, make_sequences([40] * 8)).result(timeout=300)
+    for found, expected in zip(seen["travelled"], seen["stayed"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5), "a GPU adds up in any order"
+    assert seen["parameters"] > 100_000
+    # A parameter has its own bytes, 4 of its gradient, 8 of its moments, and 4 of its main copy in bf16.
+    per_parameter = 16 if dtype is Dtype.fp32 else 18
+    assert seen["freed"] >= per_parameter * seen["parameters"]
+    assert seen["left"] < 0.2 * seen["freed"]
+
+
+def travel_on_gpu(config: Config, sequences: list[TrainSequence]) -> dict[str, Any]:
+    """Losses and gradient norms of two policies, one of which leaves the device between its updates."""
+    platform = build_platform(PlatformName.cuda)
+    parallel = initialise_parallel(config.parallel, platform.backend, platform.prepare(0))
+    seen: dict[str, Any] = {"stayed": [], "travelled": []}
+    for name in ("stayed", "travelled"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        policy = Policy(config, platform, parallel)
+        for _ in range(3):
+            (micro_batches,) = iter_global_batches(config, policy, sequences)
+            result = policy.train_step(micro_batches, StepTimer())
+            seen[name].append((result.loss, result.grad_norm))
+            if name == "travelled":
+                full = torch.cuda.memory_allocated()
+                policy.memory.offload()
+                seen["left"] = torch.cuda.memory_allocated() - before
+                seen["freed"] = full - torch.cuda.memory_allocated()
+                policy.memory.onload()
+        seen["parameters"] = sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
+    torch.distributed.destroy_process_group()
+    return seen
