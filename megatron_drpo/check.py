@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import torch
+
 from megatron_drpo.checkpoint import check_checkpoint
 from megatron_drpo.config import (
     Advantage,
@@ -33,7 +35,7 @@ from megatron_drpo.policy.model import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
 from megatron_drpo.rewards.functions import check_reward, needs_answer
 from megatron_drpo.rollout.conversation import load_rollout_function
-from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.rollout.launch import choose_first_gpu, starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
 
 
@@ -158,12 +160,28 @@ def _check_rollout(config: Config) -> list[str]:
                 "SGLang's environment"
             )
         on_cpu = build_platform(config.platform).name is PlatformName.cpu
+        if not on_cpu and rollout.fleet.placement is Placement.local:
+            problems += _check_gpus(config, torch.cuda.device_count())
         if rollout.deterministic and on_cpu:
             problems.append(
                 "rollout.deterministic=True: SGLang's deterministic inference needs a GPU; take "
                 "rollout.engine=embedded, or rollout.deterministic=false"
             )
     return problems
+
+
+def _check_gpus(config: Config, num_gpus: int) -> list[str]:
+    """Whether this machine has GPUs for the servers that a run here starts."""
+    fleet, size = config.rollout.fleet, config.rollout.sglang.tensor_parallel_size
+    first = choose_first_gpu(config, config.parallel.world_size)
+    needed = first + fleet.num_servers * size
+    if needed <= num_gpus:
+        return []
+    return [
+        f"rollout.fleet.num_servers={fleet.num_servers}: with {size} GPUs each from GPU {first} on they need "
+        f"{needed}, this machine has {num_gpus}. Start fewer, or share the trainer's with "
+        "rollout.colocated=true, or take servers elsewhere (rollout.endpoints, rollout.fleet_file)"
+    ]
 
 
 def _check_ray(config: Config) -> list[str]:

@@ -17,6 +17,13 @@ def starts_fleet(config: Config) -> bool:
     return not config.rollout.endpoints and config.rollout.fleet_file is None
 
 
+def choose_first_gpu(config: Config, num_trainer_gpus: int) -> int:
+    """Index of the first GPU that servers on this machine take; see `rollout.fleet.first_gpu`."""
+    if config.rollout.fleet.first_gpu is not None:
+        return config.rollout.fleet.first_gpu
+    return 0 if config.rollout.colocated else num_trainer_gpus
+
+
 def build_fleet(config: Config, *, num_trainer_gpus: int = 0) -> Fleet:
     """`rollout.fleet.num_servers` servers of `rollout.engine`, not yet started.
 
@@ -24,9 +31,6 @@ def build_fleet(config: Config, *, num_trainer_gpus: int = 0) -> Fleet:
         num_trainer_gpus: that ranks on this machine use; servers get others, unless rollout.colocated.
     """
     rollout = config.rollout
-    first_gpu = rollout.fleet.first_gpu
-    if first_gpu is None:
-        first_gpu = 0 if rollout.colocated else num_trainer_gpus
     model = ServedModel(
         path=config.policy.model_path,
         dtype=config.policy.dtype,
@@ -39,7 +43,8 @@ def build_fleet(config: Config, *, num_trainer_gpus: int = 0) -> Fleet:
     elif is_embedded:
         start = partial(start_embedded, rollout, model)
     else:
-        start = partial(start_sglang, rollout, model, first_gpu=None if on_cpu else first_gpu)
+        first_gpu = None if on_cpu else choose_first_gpu(config, num_trainer_gpus)
+        start = partial(start_sglang, rollout, model, first_gpu=first_gpu)
     return Fleet(rollout, start, config.run_dir)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 
-from megatron_drpo.check import check_config, warn_config
+from megatron_drpo.check import _check_gpus, check_config, warn_config
 from megatron_drpo.config import (
     Advantage,
     AlgorithmConfig,
@@ -241,6 +241,29 @@ def test_servers_that_cannot_be_as_wanted(
     assert len(problems) == len(expected), problems
     for problem, text in zip(problems, expected, strict=True):
         assert text in problem
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "fields", "needed"),
+    [
+        (8, {"fleet": FleetConfig(num_servers=2)}, None),
+        (7, {"fleet": FleetConfig(num_servers=2)}, 8),
+        (4, {"colocated": True, "fleet": FleetConfig(num_servers=2)}, None),
+        (3, {"colocated": True, "fleet": FleetConfig(num_servers=2)}, 4),
+        (6, {"fleet": FleetConfig(num_servers=2, first_gpu=2)}, None),
+        (5, {"fleet": FleetConfig(num_servers=2, first_gpu=2)}, 6),
+    ],
+)
+def test_gpus_for_trainer_and_servers(
+    config: Config, num_gpus: int, fields: dict[str, Any], needed: int | None
+) -> None:
+    """4 ranks, and 2 servers of 2 GPUs each."""
+    config.parallel = ParallelConfig(data_parallel_size=4)
+    sglang = SGLangServerConfig(tensor_parallel_size=2)
+    config.rollout = RolloutConfig(sglang=sglang, **fields)
+    problems = _check_gpus(config, num_gpus)
+    assert (problems == []) == (needed is None)
+    assert all(f"they need {needed}, this machine has {num_gpus}" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
