@@ -81,8 +81,9 @@ def test_a_suspended_server_comes_back_when_it_generates() -> None:
         await asyncio.sleep(0.3)
         assert await take(pool, preferred=A) == B, "it does not generate yet"
         broken.clear()
-        await asyncio.sleep(0.5)
-        assert await take(pool, preferred=A) == A
+        async with asyncio.timeout(10):
+            while await take(pool, preferred=A) != A:
+                await asyncio.sleep(0.05)
 
     run(test)
 
@@ -114,7 +115,7 @@ def test_requests_at_a_server_that_leaves_or_hangs_are_given_up() -> None:
         assert not hanging.done(), "a probe that succeeds gives nothing up"
         broken.add(B)
         with pytest.raises(ServerLostError, match=f"{B} left the fleet or hangs"):
-            await asyncio.wait_for(hanging, 2)
+            await asyncio.wait_for(hanging, 10)
         assert pool.servers[0].suspended == "it generates nothing"
         assert pool.servers[0].num_in_flight == 0
 

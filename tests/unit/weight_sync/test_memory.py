@@ -88,7 +88,8 @@ def held_request(endpoint: str, http: httpx.Client) -> Iterator[list[int]]:
         target=lambda: answers.append(httpx.post(f"{endpoint}/generate", json=BODY, timeout=30).status_code)
     )
     thread.start()
-    time.sleep(0.2)
+    while http.post(f"{endpoint}/flush_cache").is_success:  # until the request has come
+        time.sleep(0.01)
     yield answers
     thread.join(timeout=10)
 
