@@ -218,7 +218,9 @@ class _Keeper:
             if remaining <= 0:
                 return f"did not answer within rollout.startup_timeout_s={limit_s:g}"
             if server.generates(timeout_s=remaining, api_key=self._config.api_key):
-                self._change(ServerStatus.up, last_healthy=time.time())
+                # On a cluster a server has no address before it has a node.
+                where = {"endpoint": server.endpoint, "pid": server.pid}
+                self._change(ServerStatus.up, last_healthy=time.time(), **where)
                 self._was_up.set()
                 return ""
         return ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
@@ -74,14 +74,24 @@ class ServerHost:
 
 
 class RayServer:
-    """A server on some node, as `Fleet` sees it: see `server_process.Server`."""
+    """A server on some node, or one that waits for a node with room; see `server_process.Server`."""
 
-    def __init__(self, name: str, endpoint: str, pid: int, node: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, started: Any, needs: str) -> None:
+        """
+        Args:
+            actor: of `ServerHost`.
+            started: the reference of its `start`.
+            needs: resources of the actor, in words.
+        """
         self.name = name
-        self.endpoint = endpoint
-        self.pid = pid
-        self._node = node
+        self.endpoint = ""
+        """Empty until it has a node."""
+        self.pid = 0
+        self._node = ""
         self._actor = actor
+        self._started = started
+        self._needs = needs
+        self._failure = ""
         self._exit_code: int | None = None
         self._asked = 0.0
 
@@ -91,16 +101,20 @@ class RayServer:
         if self._exit_code is None and time.monotonic() - self._asked >= _POLL_S:
             with contextlib.suppress(GetTimeoutError):
                 try:
-                    self._exit_code = ray.get(self._actor.exit_code.remote(), timeout=_CALL_TIMEOUT_S)
-                except RayActorError:
+                    if self._has_node():
+                        self._exit_code = ray.get(self._actor.exit_code.remote(), timeout=_CALL_TIMEOUT_S)
+                except RayError as error:
+                    self._failure = str(error)
                     self._exit_code = _LOST
             self._asked = time.monotonic()
         return self._exit_code
 
     def generates(self, *, timeout_s: float, api_key: str | None = None) -> bool:
-        return generates(self.endpoint, timeout_s=timeout_s, api_key=api_key)
+        return bool(self.endpoint) and generates(self.endpoint, timeout_s=timeout_s, api_key=api_key)
 
     def log_tail(self) -> str:
+        if not self._node:
+            return self._failure or f"no node of the Ray cluster has {self._needs} free"
         try:
             tail: str = ray.get(self._actor.log_tail.remote(), timeout=_CALL_TIMEOUT_S)
         except RayError as error:
@@ -108,10 +122,16 @@ class RayServer:
         return f"on node {self._node}, {tail}"
 
     def kill(self) -> None:
-        with contextlib.suppress(RayError):
-            ray.get(self._actor.kill.remote(), timeout=_CALL_TIMEOUT_S)
+        if self._node:
+            with contextlib.suppress(RayError):
+                ray.get(self._actor.kill.remote(), timeout=_CALL_TIMEOUT_S)
         with contextlib.suppress(RayError):
             ray.kill(self._actor)
+
+    def _has_node(self) -> bool:
+        if not self._node and ray.wait([self._started], timeout=0)[0]:
+            self.endpoint, self.pid, self._node = ray.get(self._started)
+        return bool(self._node)
 
 
 class RayStart:
@@ -142,28 +162,13 @@ class RayStart:
             ) from error
 
     def __call__(self, index: int, log_path: Path) -> RayServer:
-        """
-        Raises:
-            RolloutError: no node has room, or the server cannot be started there.
-        """
-        options = {**self._resources, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        options: dict[str, Any] = {**self._resources, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        if self._config.api_key_env is not None:  # the node has it as little as this package's other settings
+            options["runtime_env"] = {"env_vars": {self._config.api_key_env: self._config.api_key}}
         actor: Any = ray.remote(ServerHost).options(**options).remote()
-        limit_s = self._config.startup_timeout_s
         started = actor.start.remote(self._launch, self._config, index, str(log_path.absolute()))
-        try:
-            endpoint, pid, node = ray.get(started, timeout=limit_s)
-        except GetTimeoutError:
-            ray.kill(actor)
-            needs = ", ".join(
-                f"{count:g} {name.removeprefix('num_')}" for name, count in self._resources.items()
-            )
-            raise RolloutError(
-                f"no node of the Ray cluster had {needs} free within rollout.startup_timeout_s={limit_s:g}"
-            ) from None
-        except RayError as error:
-            ray.kill(actor)
-            raise RolloutError(f"the Ray cluster could not start it: {error}") from error
-        return RayServer(server_name(index), endpoint, pid, node, actor)
+        needs = ", ".join(f"{count:g} {name.removeprefix('num_')}" for name, count in self._resources.items())
+        return RayServer(server_name(index), actor, started, needs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ from megatron_drpo.errors import RolloutError
 from megatron_drpo.lifetime import SUPERVISOR_PID
 from megatron_drpo.rollout.fleet_state import ServerStatus, read_fleet
 from megatron_drpo.rollout.launch import build_fleet
+from megatron_drpo.rollout.ray_servers import RayStart
+from megatron_drpo.rollout.server_process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(200)]
 
@@ -112,8 +114,28 @@ def test_a_killed_server_comes_back_and_no_room_is_an_error(
         assert fleet.servers[0].last_error == "died, exit code -9"
         config = ray_config(str(cluster.address), model_path, tmp_path / "two")
         config.rollout.startup_timeout_s = 3.0
-        with pytest.raises(RolloutError, match="no node of the Ray cluster had 1 cpus free within"):
+        with pytest.raises(
+            RolloutError, match=r"startup_timeout_s=3; no node of the Ray cluster has 1 cpus free"
+        ):
             build_fleet(config).start()
+
+
+def test_a_key_reaches_the_node_and_an_error_comes_back(
+    cluster: Cluster, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    cluster.add_node(num_cpus=1)
+
+    def refuse(config: RolloutConfig, index: int, log_path: Path) -> ServerProcess:
+        raise RolloutError(f"server {index} with key {config.api_key} cannot be")
+
+    config = ray_config(str(cluster.address), model_path, tmp_path).rollout
+    config.api_key_env = "SERVER_KEY"
+    server = RayStart(config, refuse, on_cpu=True)(3, tmp_path / "log")
+    wait_for(lambda: server.exit_code() is not None)
+    assert server.exit_code() == -1
+    assert "server 3 with key secret cannot be" in server.log_tail()
+    server.kill()
 
 
 def test_a_run(
