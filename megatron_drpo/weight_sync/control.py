@@ -165,6 +165,8 @@ class FleetControl:
     def _wait_for_servers(self) -> list[str]:
         deadline = time.monotonic() + self._config.startup_timeout_s
         while not (endpoints := self._directory.endpoints()):
+            if self._memory is not None:
+                self._memory.end()  # or the fleet's owner would start none
             if time.monotonic() > deadline:
                 raise RolloutError(
                     "no rollout server came up within rollout.startup_timeout_s="

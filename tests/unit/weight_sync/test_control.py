@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +12,10 @@ import pytest
 
 from megatron_drpo.config import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
-from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus
+from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus, yield_file
 from megatron_drpo.weight_sync import control as control_module
 from megatron_drpo.weight_sync.control import FleetControl
+from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher
 
 
@@ -77,6 +80,32 @@ def test_no_server_at_all_is_an_error_after_some_tries(clock: list[float]) -> No
         WeightSyncError, match=r"no rollout server could be given weights 0:\nhttp://a: reset"
     ):
         control.repair([], 0)
+
+
+def test_with_shared_devices_servers_that_died_meanwhile_may_start_again(tmp_path: Path) -> None:
+    """The only server died while the trainer had the devices: its owner waits for them, and the trainer for
+    it."""
+    path = tmp_path / "fleet.json"
+    server = ServerState(name="rollout server 0", state=ServerStatus.restarting)
+    fleet = FleetState(pid=1, servers=[server])
+    fleet.write(path)
+
+    def start_again() -> None:
+        while yield_file(path).exists():
+            time.sleep(0.01)
+        server.state, server.endpoint = ServerStatus.up, "http://again"
+        fleet.write(path)
+
+    pusher, config = Pusher(), RolloutConfig(fleet_file=str(path), startup_timeout_s=20.0)
+    control = FleetControl(config, cast(WeightPusher, pusher), ServerMemory(config, timeout_s=1.0))
+    control.release_memory()
+    assert yield_file(path).exists()
+    owner = threading.Thread(target=start_again)
+    owner.start()
+    control.push([], 5)
+    owner.join()
+    assert control.current == ["http://again"]
+    assert pusher.pushes == [(5, ["http://again"])], "it has released nothing, so nothing is resumed"
 
 
 def test_a_restarted_server_of_a_fleet_is_behind(tmp_path: Path) -> None:
