@@ -37,7 +37,8 @@ class Record:
         self.rank_error: BaseException | None = None
         self.server_is_dead = False
 
-    def fleet(self, config: Config) -> Self:
+    def fleet(self, config: Config, *, num_trainer_gpus: int) -> Self:
+        assert num_trainer_gpus == config.parallel.world_size
         return self
 
     def __enter__(self) -> Self:
