@@ -185,13 +185,19 @@ class SGLangClient:
     ) -> Any:
         where = f"{self.endpoint}{path}"
         limit_s = self._timeout_s if timeout_s is None else timeout_s
+        # A task of its own, which is cancelled once: cancelled by who asked and by the limit, it would be
+        # interrupted while it closes its connection.
+        request = asyncio.ensure_future(self._http.request(method, path, **kwargs))
         try:
-            async with asyncio.timeout(limit_s):
-                response = await self._http.request(method, path, **kwargs)
-        except TimeoutError:
-            raise ServerTimeoutError(f"{where}: no answer within {limit_s:g} s") from None
+            await asyncio.wait({request}, timeout=limit_s)
+            if not request.done():
+                raise ServerTimeoutError(f"{where}: no answer within {limit_s:g} s")
+            response = request.result()
         except httpx.TransportError as error:
             raise UnreachableError(f"{where}: cannot be reached: {error or type(error).__name__}") from error
+        finally:
+            request.cancel()
+            request.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
         if not response.is_success:
             kind = ServerFailureError if response.is_server_error else RolloutError
             raise kind(f"{where}: HTTP {response.status_code}: {_reason(response)}")
