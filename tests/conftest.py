@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import multiprocessing
 import multiprocessing.connection
@@ -9,8 +10,13 @@ import os
 import pickle
 import runpy
 import signal
+import socket
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ import tokenizers.pre_tokenizers
 import torch
 import torch.distributed as dist
 import transformers
+import uvicorn
 
 from megatron_drpo.config import ParallelConfig, PlatformName
 from megatron_drpo.platform import Platform, build_platform
@@ -41,6 +48,8 @@ transformers.utils.logging.disable_progress_bar()
 _WORKER = Path(__file__).parent / "distributed_worker.py"
 _GRACE_S = 2.0
 """How long the other ranks may go on, to report their own error, once one rank has failed."""
+_EXIT_S = 60.0
+"""How long the process may take to exit after the last test: pytest's time limits hold for tests alone."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +59,12 @@ def pytest_configure(config: pytest.Config) -> None:
         filters += [f"ignore::{category}:megatron", f"ignore::{category}:torch"]
     for line in filters:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.hookimpl(trylast=True)  # pytest's own hook cancels all dumps
+def pytest_unconfigure() -> None:
+    """A thread that a test has left behind would keep the process for ever; instead its stack is shown."""
+    faulthandler.dump_traceback_later(_EXIT_S, exit=True)
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +163,59 @@ def one_rank(cpu_platform: Platform) -> Iterator[ParallelState]:
     """This process as the only rank of a run, with Megatron's process groups."""
     yield initialise_parallel(ParallelConfig(), cpu_platform.backend, torch.device("cpu"))
     dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------- servers
+
+
+@pytest.fixture(scope="session")
+def serve_in_thread() -> Callable[..., AbstractContextManager[str]]:
+    """`with serve_in_thread(run, stop, stop_s=10.0) as url`: `run(socket)` in a thread of its own.
+
+    At the end `stop()` must make `run` return, or the test fails after `stop_s` with the thread's stack.
+    """
+    return _serve_in_thread
+
+
+@contextmanager
+def _serve_in_thread(
+    run: Callable[[socket.socket], None], stop: Callable[[], None], stop_s: float = 10.0
+) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        thread = threading.Thread(target=run, args=(sock,), name=f"server {url}", daemon=True)
+        thread.start()
+        try:
+            yield url
+        finally:
+            stop()
+            thread.join(stop_s)
+        if thread.is_alive():
+            assert thread.ident is not None
+            frame = sys._current_frames().get(thread.ident)
+            stack = "".join(traceback.format_stack(frame))
+            pytest.fail(f"{thread.name} did not stop within {stop_s:g} s; it is here:\n{stack}")
+
+
+@pytest.fixture(scope="session")
+def serve_app() -> Iterator[Callable[[Any], str]]:
+    """`serve_app(asgi_app)`: serve it until the session ends; its base URL."""
+    with ExitStack() as stack:
+
+        def serve(app: Any) -> str:
+            config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+            server = uvicorn.Server(config)
+
+            def run(sock: socket.socket) -> None:
+                server.run(sockets=[sock])
+
+            def stop() -> None:
+                server.should_exit = True
+
+            return stack.enter_context(_serve_in_thread(run, stop))
+
+        yield serve
 
 
 # ------------------------------------------------------------------------------- models and data

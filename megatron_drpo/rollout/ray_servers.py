@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,8 @@ class RayStart:
         try:
             if port.isdigit():  # Ray itself tries for minutes
                 socket.create_connection((host, int(port)), _CALL_TIMEOUT_S).close()
-            ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+            with _keep_sigterm_handler():
+                ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             raise RolloutError(
                 f"rollout.fleet.ray_address={address}: no Ray cluster answers ({error}); "
@@ -169,6 +172,17 @@ class RayStart:
         started = actor.start.remote(self._launch, self._config, index, str(log_path.absolute()))
         needs = ", ".join(f"{count:g} {name.removeprefix('num_')}" for name, count in self._resources.items())
         return RayServer(server_name(index), actor, started, needs)
+
+
+@contextlib.contextmanager
+def _keep_sigterm_handler() -> Iterator[None]:
+    """`ray.init` installs one of its own, when it is called in the main thread."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from megatron_drpo.config import RolloutConfig
@@ -68,12 +68,19 @@ class FleetControl:
     version."""
 
     def __init__(
-        self, config: RolloutConfig, pusher: WeightPusher, memory: ServerMemory | None = None
+        self,
+        config: RolloutConfig,
+        pusher: WeightPusher,
+        memory: ServerMemory | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             memory: with rollout.colocated.
+            clock: seconds, for the pauses of fenced servers.
         """
+        self._clock = clock
         self._config = config
         self._memory = memory
         self._pusher = pusher
@@ -131,7 +138,7 @@ class FleetControl:
         self._pusher.close()
 
     def _behind(self) -> list[str]:
-        now = time.monotonic()
+        now = self._clock()
         there = self._directory.endpoints()
         self.current = [endpoint for endpoint in self.current if endpoint in there]
         return [e for e in there if e not in self.current and self._retry_at.get(e, 0.0) <= now]
@@ -159,7 +166,7 @@ class FleetControl:
             self.messages.append(f"{endpoint} {what}: {reason}")
             self.num_fenced += 1
             count = self._num_failures[endpoint] = self._num_failures.get(endpoint, 0) + 1
-            self._retry_at[endpoint] = time.monotonic() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)
+            self._retry_at[endpoint] = self._clock() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)
         self.current = [endpoint for endpoint in self.current if endpoint not in failures]
 
     def _wait_for_servers(self) -> list[str]:

@@ -7,16 +7,16 @@ import os
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -231,33 +231,15 @@ def rank_config(
 
 
 @pytest.fixture(scope="module")
-def serve() -> Iterator[Callable[[Callable[[socket.socket], None], Callable[[], None]], str]]:
-    """`serve(run, stop)`: run a server in a thread, until the tests of this file are done; its URL."""
-    running: list[tuple[threading.Thread, Callable[[], None], socket.socket]] = []
-
-    def start(run: Callable[[socket.socket], None], stop: Callable[[], None]) -> str:
-        listening = socket.create_server(("127.0.0.1", 0))
-        thread = threading.Thread(target=run, args=(listening,))
-        thread.start()
-        running.append((thread, stop, listening))
-        return f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-    yield start
-    for thread, stop, listening in running:
-        stop()
-        thread.join(10)
-        listening.close()
-
-
-@pytest.fixture(scope="module")
-def endpoint(serve: Callable[..., str], model_path: Path) -> str:
+def endpoint(serve_in_thread: Callable[..., AbstractContextManager[str]], model_path: Path) -> Iterator[str]:
     """An embedded server."""
     server = EmbeddedServer(model_path=model_path, dtype=torch.float32, num_slots=8, deterministic=False)
-    return serve(server.serve, server.stop)
+    with serve_in_thread(server.serve, server.stop) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
-def broken_endpoint(serve: Callable[..., str]) -> str:
+def broken_endpoint(serve_app: Callable[[Any], str]) -> str:
     """A server that is healthy and takes weights... but answers everything else with 500."""
 
     async def health(_: Request) -> Response:
@@ -266,16 +248,9 @@ def broken_endpoint(serve: Callable[..., str]) -> str:
     async def fail(_: Request) -> Response:
         return JSONResponse({"error": {"message": "the device fell over"}}, status_code=500)
 
-    app = Starlette(routes=[Route("/health", health), Route("/{path:path}", fail, methods=["GET", "POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-
-    def stop() -> None:
-        server.should_exit = True
-
-    def run(listening: socket.socket) -> None:
-        server.run(sockets=[listening])
-
-    return serve(run, stop)
+    return serve_app(
+        Starlette(routes=[Route("/health", health), Route("/{path:path}", fail, methods=["GET", "POST"])])
+    )
 
 
 def fails(config: Config, error: type[DrpoError], *expected: str, within_s: float) -> None:

@@ -43,6 +43,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(200)]
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without room for a server; the test adds nodes."""
+    handler = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files open
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -52,6 +53,7 @@ def cluster() -> Iterator[Cluster]:
             ray.shutdown()
             cluster.shutdown()
             gc.collect()
+            signal.signal(signal.SIGTERM, handler)
 
 
 def ray_config(address: str, model_path: Path, run_dir: Path, **fields: Any) -> Config:
@@ -131,7 +133,10 @@ def test_a_key_reaches_the_node_and_an_error_comes_back(
 
     config = ray_config(str(cluster.address), model_path, tmp_path).rollout
     config.api_key_env = "SERVER_KEY"
-    server = RayStart(config, refuse, on_cpu=True)(3, tmp_path / "log")
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    start = RayStart(config, refuse, on_cpu=True)
+    assert signal.signal(signal.SIGTERM, handler) is signal.SIG_IGN, "Ray's own is not left behind"
+    server = start(3, tmp_path / "log")
     wait_for(lambda: server.exit_code() is not None)
     assert server.exit_code() == -1
     assert "server 3 with key secret cannot be" in server.log_tail()

@@ -1,10 +1,13 @@
-"""The fixture that runs ranks must itself fail loudly and in time."""
+"""The fixtures that run ranks and servers must themselves fail loudly and in time."""
 
 from __future__ import annotations
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,3 +62,19 @@ def test_a_failing_rank_fails_the_test_with_its_traceback(run_distributed: Calla
 def test_a_hang_is_ended_and_shows_where_it_hangs(run_distributed: Callable[..., list[Any]]) -> None:
     with pytest.raises(pytest.fail.Exception, match="_hang_in_function"):
         run_distributed(_hang_in_function, 2, timeout_s=2.0)
+
+
+def test_a_server_that_does_not_stop_fails_the_test(
+    serve_in_thread: Callable[..., AbstractContextManager[str]],
+) -> None:
+    stopped = threading.Event()
+
+    def deaf(_: socket.socket) -> None:
+        stopped.wait()
+
+    with (
+        pytest.raises(pytest.fail.Exception, match=r"server http://.* within 0.1 s(.|\n)*stopped\.wait\(\)"),
+        serve_in_thread(deaf, lambda: None, stop_s=0.1),
+    ):
+        pass
+    stopped.set()

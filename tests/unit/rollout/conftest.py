@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -52,25 +48,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve_app() -> Iterator[Callable[[Any], str]]:
-    """`serve_app(asgi_app)`: serve it until the session ends; its base URL."""
-    with ExitStack() as stack:
-
-        def serve(app: Any) -> str:
-            server = uvicorn.Server(
-                uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-            )
-
-            def stop() -> None:
-                server.should_exit = True
-
-            return _serve_in_thread(stack, lambda sock: server.run(sockets=[sock]), stop)
-
-        yield serve
-
-
-@pytest.fixture(scope="session")
-def serve(tiny_moe: Path) -> Iterator[Serve]:
+def serve(tiny_moe: Path, serve_in_thread: Callable[..., AbstractContextManager[str]]) -> Iterator[Serve]:
     """`serve(num_slots=8, deterministic=False)`: an embedded server of `tiny_moe`; its base URL."""
     with ExitStack() as stack:
 
@@ -78,16 +56,6 @@ def serve(tiny_moe: Path) -> Iterator[Serve]:
             server = EmbeddedServer(
                 model_path=tiny_moe, dtype=torch.float32, num_slots=num_slots, deterministic=deterministic
             )
-            return _serve_in_thread(stack, server.serve, server.stop)
+            return stack.enter_context(serve_in_thread(server.serve, server.stop))
 
         yield serve
-
-
-def _serve_in_thread(stack: ExitStack, run: Callable[[socket.socket], None], stop: Callable[[], None]) -> str:
-    sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    thread = threading.Thread(target=run, args=(sock,))
-    thread.start()
-    stack.callback(thread.join, 10.0)
-    stack.callback(stop)
-    return f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,7 +39,9 @@ def new(model_path: Path) -> Tensors:
 
 
 @pytest.fixture
-def make_endpoint(model_path: Path) -> Iterator[Callable[[], str]]:
+def make_endpoint(
+    model_path: Path, serve_in_thread: Callable[..., AbstractContextManager[str]]
+) -> Iterator[Callable[[], str]]:
     """`make_endpoint()`: base URL of a new embedded server of `model_path`, version 0."""
     with ExitStack() as stack:
 
@@ -47,12 +49,7 @@ def make_endpoint(model_path: Path) -> Iterator[Callable[[], str]]:
             server = EmbeddedServer(
                 model_path=model_path, dtype=torch.float32, num_slots=4, deterministic=False
             )
-            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            thread = threading.Thread(target=server.serve, args=(sock,))
-            thread.start()
-            stack.callback(thread.join, 10.0)
-            stack.callback(server.stop)
-            return f"http://127.0.0.1:{sock.getsockname()[1]}"
+            return stack.enter_context(serve_in_thread(server.serve, server.stop))
 
         yield make
 

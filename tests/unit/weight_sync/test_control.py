@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,6 @@ import pytest
 from megatron_drpo.config import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus, yield_file
-from megatron_drpo.weight_sync import control as control_module
 from megatron_drpo.weight_sync.control import FleetControl
 from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher
@@ -32,21 +31,25 @@ class Pusher:
         return PushReport([e for e in endpoints if e not in failed], failed)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time.monotonic says, in its one element."""
-    now = [100.0]
-    monkeypatch.setattr(control_module.time, "monotonic", lambda: now[0])
-    return now
+class Clock:
+    """Goes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
-def make_control(pusher: Pusher, **fields: Any) -> FleetControl:
-    return FleetControl(RolloutConfig(**fields), cast(WeightPusher, pusher))
+def make_control(
+    pusher: Pusher, *, clock: Callable[[], float] = time.monotonic, **fields: Any
+) -> FleetControl:
+    return FleetControl(RolloutConfig(**fields), cast(WeightPusher, pusher), clock=clock)
 
 
-def test_a_failed_server_is_fenced_and_gets_another_chance(clock: list[float]) -> None:
-    pusher = Pusher()
-    control = make_control(pusher, endpoints=["http://a", "http://b"])
+def test_a_failed_server_is_fenced_and_gets_another_chance() -> None:
+    pusher, clock = Pusher(), Clock()
+    control = make_control(pusher, clock=clock, endpoints=["http://a", "http://b"])
     control.push([], 1)
     assert control.current == ["http://a", "http://b"]
     assert not control.wants_repair()
@@ -55,27 +58,27 @@ def test_a_failed_server_is_fenced_and_gets_another_chance(clock: list[float]) -
     assert control.current == ["http://a"]
     assert control.messages == ["http://b is fenced until it has weights 2: reset"]
     assert not control.wants_repair(), "not at once"
-    clock[0] += 1.1
+    clock.now_s += 1.1
     assert control.wants_repair()
     control.repair([], 2)
     assert control.current == ["http://a"]
     assert pusher.pushes[-1] == (2, ["http://b"])
-    clock[0] += 1.1
+    clock.now_s += 1.1
     assert not control.wants_repair(), "the pause doubles"
-    clock[0] += 1.0
+    clock.now_s += 1.0
     pusher.broken = set()
     control.repair([], 2)
     assert control.current == ["http://a", "http://b"]
     assert control.num_fenced == 2
 
 
-def test_no_server_at_all_is_an_error_after_some_tries(clock: list[float]) -> None:
-    pusher = Pusher()
+def test_no_server_at_all_is_an_error_after_some_tries() -> None:
+    pusher, clock = Pusher(), Clock()
     pusher.broken = {"http://a"}
-    control = make_control(pusher, endpoints=["http://a"], fleet=FleetConfig(max_failures=2))
+    control = make_control(pusher, clock=clock, endpoints=["http://a"], fleet=FleetConfig(max_failures=2))
     control.push([], 0)
     assert control.current == []
-    clock[0] += 5
+    clock.now_s += 5
     with pytest.raises(
         WeightSyncError, match=r"no rollout server could be given weights 0:\nhttp://a: reset"
     ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
@@ -13,7 +14,11 @@ import torch
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
 
 
-def test_a_failed_generator_ends_the_server(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_generator_ends_the_server(
+    tiny_moe: Path,
+    serve_in_thread: Callable[..., AbstractContextManager[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     failures: list[str] = []
 
     def record(args: threading.ExceptHookArgs) -> None:
@@ -26,13 +31,11 @@ def test_a_failed_generator_ends_the_server(tiny_moe: Path, monkeypatch: pytest.
         raise MemoryError("no room")
 
     server.generator._runner.decode = fail  # pyrefly: ignore
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        thread = threading.Thread(target=server.serve, args=(sock,))
-        thread.start()
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        with httpx.Client(trust_env=False, timeout=10) as http:
-            response = http.post(f"{url}/generate", json={"input_ids": [3]})
-        thread.join(10)
+    with (
+        serve_in_thread(server.serve, lambda: None) as url,
+        httpx.Client(trust_env=False, timeout=10) as http,
+    ):
+        response = http.post(f"{url}/generate", json={"input_ids": [3]})
     assert response.status_code == 500
     assert "stopped while generating" in response.json()["error"]["message"]
     assert failures == ["no room", "the generator has failed"]
