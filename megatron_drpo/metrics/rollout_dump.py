@@ -41,12 +41,13 @@ class RolloutRecord:
     policy_versions: list[tuple[int, int]]
     """(version, tokens) runs in order: more than one if the weights changed while sampling."""
     mean_logprob: float
-    """Mean log mu of the response's tokens."""
+    """Mean log mu of the response's sampled tokens."""
 
 
 def build_record(rollout: Rollout, *, reward: float, advantage: float) -> RolloutRecord:
     runs = itertools.groupby(rollout.policy_versions)
-    tokens = len(rollout.response_ids)
+    mask = rollout.response_mask or itertools.repeat(True)
+    sampled = list(itertools.compress(rollout.rollout_logprobs, mask))
     return RolloutRecord(
         prompt_id=rollout.prompt.id,
         sample_index=rollout.sample_index,
@@ -56,10 +57,10 @@ def build_record(rollout: Rollout, *, reward: float, advantage: float) -> Rollou
         reward=reward,
         advantage=advantage,
         prompt_tokens=len(rollout.prompt.token_ids),
-        response_tokens=tokens,
+        response_tokens=len(rollout.response_ids),
         finish_reason=rollout.finish_reason.value,
         policy_versions=[(version, len(list(run))) for version, run in runs],
-        mean_logprob=sum(rollout.rollout_logprobs) / max(tokens, 1),
+        mean_logprob=sum(sampled) / max(len(sampled), 1),
     )
 
 

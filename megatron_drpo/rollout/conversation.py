@@ -2,11 +2,13 @@
 
     async def solve(conversation: Conversation) -> None:
         call = await conversation.sample(stop_token_ids=[TOOL_CALL_END])
-        conversation.insert(encode(run_tool(decode(call))))
+        result = await run_tool(conversation.tokenizer.decode(call))
+        conversation.insert(conversation.tokenizer.encode(result, add_special_tokens=False))
         await conversation.sample()
 
-`rollout.function=module:solve`. What the policy sampled is trained; what was inserted is context. Text never
-becomes tokens a second time, so that what is trained is what was sampled.
+`rollout.function=module:solve`; `examples/second_try.py` is a whole one. What the policy sampled is trained;
+what was inserted is context. Text never becomes tokens a second time, so that what is trained is what was
+sampled.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.completion import Completion
 from megatron_drpo.rollout.sample import Decode, Sample, join_routes
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 from megatron_drpo.user_code import load_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Complete = Callable[[Sample], Awaitable[None]]
 RolloutFunction = Callable[["Conversation"], Awaitable[None]]
@@ -47,6 +53,8 @@ class Conversation:
     """Tokens that the response may have, inserted ones included."""
     policy_version: int
     """When it began; what inserted tokens carry."""
+    tokenizer: PreTrainedTokenizerBase
+    """The model's, to read what was sampled and to encode what is inserted."""
     _sample: Sample
     """What turns are made of; it knows the server of the latest one."""
     _complete: Complete

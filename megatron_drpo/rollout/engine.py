@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import DrpoError, RolloutError
@@ -20,13 +20,10 @@ from megatron_drpo.rollout.sample import Sample, sample_seed_key
 from megatron_drpo.rollout.sampler import Sampler
 from megatron_drpo.types import Prompt, Rollout, RolloutGroup
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _POLL_S = 0.1
-
-
-class Tokenizer(Protocol):
-    """The part of a `transformers` tokenizer that is used here."""
-
-    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +56,7 @@ class RolloutEngine:
     def __init__(
         self,
         config: RolloutConfig,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int],
         vocab_size: int,
         seed: int,
@@ -221,6 +218,7 @@ class RolloutEngine:
             index=sample.index,
             max_tokens=self._config.max_response_tokens,
             policy_version=self._sampler.policy_version,
+            tokenizer=self._tokenizer,
             _sample=sample,
             _complete=lambda turn: self._sampler.complete([turn]),
         )

@@ -22,7 +22,9 @@ from megatron_drpo.types import FinishReason, Prompt, Rollout
 NASTY = "</script><script>alert(1)</script> \u2028 \x85 \ud800 @@DATA@@ ü"
 
 
-def make_record(response: str = "42", step: int = 0) -> RolloutRecord:
+def make_record(
+    response: str = "42", step: int = 0, response_mask: list[bool] | None = None
+) -> RolloutRecord:
     prompt = Prompt(id=7, text=f"6 * 7 = {NASTY}", token_ids=(5, 6, 7, 8), answer="42")
     rollout = Rollout(
         prompt=prompt,
@@ -32,6 +34,7 @@ def make_record(response: str = "42", step: int = 0) -> RolloutRecord:
         policy_versions=[step, step, step + 1],
         finish_reason=FinishReason.length,
         text=response,
+        response_mask=response_mask,
     )
     return build_record(rollout, reward=1.0, advantage=-0.25)
 
@@ -50,6 +53,12 @@ def test_record_of_a_rollout() -> None:
     assert (record.prompt_id, record.sample_index, record.answer) == (7, 3, "42")
     assert (record.prompt_tokens, record.response_tokens, record.finish_reason) == (4, 3, "length")
     assert (record.reward, record.advantage) == (1.0, -0.25)
+
+
+def test_inserted_tokens_have_no_logprob() -> None:
+    record = make_record(response_mask=[True, False, True])
+    assert record.mean_logprob == pytest.approx(-1.75)
+    assert record.response_tokens == 3
 
 
 def test_step_file_has_a_line_per_rollout_and_is_replaced_whole(tmp_path: Path) -> None:

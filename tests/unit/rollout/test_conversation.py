@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from megatron_drpo.errors import ConfigError, RolloutError
 from megatron_drpo.rollout.completion import Completion
@@ -41,6 +42,7 @@ def begin(server: Server, max_tokens: int = 10) -> Conversation:
         index=2,
         max_tokens=max_tokens,
         policy_version=4,
+        tokenizer=cast(PreTrainedTokenizerBase, None),
         _sample=Sample(prompt=prompt, index=2, name="s", seed_key="0/0/3/2", params=params),
         _complete=server.complete,
     )
