@@ -29,7 +29,7 @@ from megatron_drpo.losses.registry import LOSSES
 
 # ------------------------------------------------------------------------------------ rows: objectives
 
-_LOSS = LossConfig(epsilon=0.8, mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
+_LOSS = LossConfig(epsilon=1.0, mask_low=0.1, ratio_cap=5.0, num_topk=5, clip_high=0.28, dual_clip=3.0)
 """Every bound at a value of its own; delta 0.1, mask_high 0.15, clip_low 0.2 by default."""
 
 
