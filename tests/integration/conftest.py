@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from megatron_drpo import cli
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +54,16 @@ def run_arguments(model_path: Path, prompts_path: Path, tmp_path: Path) -> Calla
         ]
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[[list[str]], None]:
+    """`train(arguments)`: `megatron-drpo train` in this process; it must end well."""
+
+    def train(arguments: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
+            assert cli.main(["train", *arguments]) == 0
+            gc.collect()
+
+    return train

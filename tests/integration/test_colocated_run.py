@@ -6,9 +6,7 @@ shows at once.
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import torch
 
 from megatron_drpo import cli
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.lifetime import SUPERVISOR_PID
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.distributed, pytest.mark.timeout(200)]
 
@@ -26,11 +23,10 @@ SAME = ("reward/mean", "loss/value", "optimizer/grad_norm", "policy/entropy", "e
 
 
 @pytest.fixture
-def train(
-    run_arguments: Callable[..., list[str]], prompts_path: Path, monkeypatch: pytest.MonkeyPatch
+def metrics_of(
+    train: Callable[[list[str]], None], run_arguments: Callable[..., list[str]], prompts_path: Path
 ) -> Callable[..., list[dict[str, Any]]]:
-    """`train(run_dir, "key=value", ...)`: the metrics of a deterministic run of 3 steps on two ranks."""
-    monkeypatch.setenv(SUPERVISOR_PID, "")
+    """`metrics_of(run_dir, "key=value", ...)`: of a deterministic run of 3 steps on two ranks."""
 
     def run(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
         arguments = run_arguments(
@@ -47,20 +43,17 @@ def train(
             "checkpoint.save_every_steps=1",
             *overrides,
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
-            assert cli.main(["train", *arguments]) == 0
-            gc.collect()
+        train(arguments)
         return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
     return run
 
 
-def test_not_a_bit_differs(train: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_not_a_bit_differs(metrics_of: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
     """Also after a restart from a checkpoint."""
-    apart = train(tmp_path / "apart")
-    train(tmp_path / "together", "rollout.colocated=true", "train.num_steps=2")
-    together = train(tmp_path / "together", "rollout.colocated=true")
+    apart = metrics_of(tmp_path / "apart")
+    metrics_of(tmp_path / "together", "rollout.colocated=true", "train.num_steps=2")
+    together = metrics_of(tmp_path / "together", "rollout.colocated=true")
     assert [line["step"] for line in together] == [line["step"] for line in apart] == [0, 1, 2, 3]
     for expected, found in zip(apart, together, strict=True):
         if found["step"] == 2:  # the first run ended here, and evaluated as every run does at its end

@@ -18,7 +18,6 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from megatron_drpo import cli
 from megatron_drpo.config import (
     Config,
     DataConfig,
@@ -31,7 +30,6 @@ from megatron_drpo.config import (
     RolloutConfig,
 )
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.lifetime import SUPERVISOR_PID
 from megatron_drpo.rollout.fleet_state import ServerStatus, read_fleet
 from megatron_drpo.rollout.launch import build_fleet
 from megatron_drpo.rollout.ray_servers import RayStart
@@ -145,22 +143,18 @@ def test_a_key_reaches_the_node_and_an_error_comes_back(
 
 def test_a_run(
     cluster: Cluster,
+    train: Callable[[list[str]], None],
     run_arguments: Callable[..., list[str]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The servers that a run starts for itself."""
-    monkeypatch.setenv(SUPERVISOR_PID, "")
     cluster.add_node(num_cpus=2)
     arguments = run_arguments(
         "rollout.fleet.placement=ray",
         f"rollout.fleet.ray_address={cluster.address}",
         "rollout.fleet.num_servers=2",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        assert cli.main(["train", *arguments]) == 0
-        gc.collect()
+    train(arguments)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [step["mismatch/first_update_logprob_abs_mean"] < 1e-5 for step in steps] == [True, True]

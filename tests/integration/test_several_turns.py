@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from megatron_drpo import cli
-from megatron_drpo.lifetime import SUPERVISOR_PID
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(200)]
 
@@ -19,24 +14,24 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_example_asks_again_and_trains_on_answers_alone(
-    run_arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[[list[str]], None],
+    run_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The trainer's logprobs of both answers are the server's: it has seen the same question in between."""
-    monkeypatch.setenv(SUPERVISOR_PID, "")
     monkeypatch.chdir(ROOT)  # where the example's module is looked for
-    arguments = run_arguments(
-        "rollout.function=examples.second_try:ask",
-        "reward.name=examples.second_try:score",
-        "rollout.max_response_tokens=14",  # an answer of 5 tokens, a question of 4, an answer of 5
-        "rollout.num_prompts_per_step=32",
-        "rollout.num_samples_per_prompt=8",
-        "rollout.temperature=0.7",
-        "metrics.num_rollouts_dumped=256",
+    train(
+        run_arguments(
+            "rollout.function=examples.second_try:ask",
+            "reward.name=examples.second_try:score",
+            "rollout.max_response_tokens=14",  # an answer of 5 tokens, a question of 4, an answer of 5
+            "rollout.num_prompts_per_step=32",
+            "rollout.num_samples_per_prompt=8",
+            "rollout.temperature=0.7",
+            "metrics.num_rollouts_dumped=256",
+        )
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
-        assert cli.main(["train", *arguments]) == 0
-        gc.collect()
     run_dir = tmp_path / "run"
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         step = json.loads(line)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,11 @@ import pytest
 import torch
 import transformers
 
-from megatron_drpo import cli
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.config import Config, ParallelConfig
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.tokenizer import load_tokenizer
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.lifetime import SUPERVISOR_PID
 from megatron_drpo.platform import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
@@ -55,20 +51,22 @@ ALWAYS = {
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, model_path: Path, prompts_path: Path) -> Path:
+def run_dir(
+    train: Callable[[list[str]], None],
+    tmp_path_factory: pytest.TempPathFactory,
+    model_path: Path,
+    prompts_path: Path,
+) -> Path:
     """The folder of a run that has ended well; processes it started are gone."""
     path = tmp_path_factory.mktemp("train") / "run"
     held_out = path.parent / "held_out.jsonl"
     held_out.write_text("".join(prompts_path.read_text().splitlines(keepends=True)[:6]))
     (path.parent / "digit_share.py").write_text(REWARD)
     before = set(psutil.Process().children(recursive=True))
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path.parent)  # where reward modules are looked for
-        patch.setenv(SUPERVISOR_PID, "")  # so that what the supervisor sets is undone
-        status = cli.main(
+        train(
             [
-                "train",
                 f"run_dir={path}",
                 "platform=cpu",
                 f"policy.model_path={model_path}",
@@ -95,8 +93,6 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, model_path: Path, prompts_
                 "metrics.num_rollouts_dumped=5",
             ]
         )
-        gc.collect()
-    assert status == 0
     left = set(psutil.Process().children(recursive=True)) - before
     commands = [" ".join(child.cmdline()) for child in left]
     assert not [command for command in commands if "megatron_drpo" in command]
@@ -186,21 +182,21 @@ def test_transformers_loads_the_export(run_dir: Path, model_path: Path) -> None:
 
 
 def test_a_run_starts_from_a_checkpoint(
-    run_dir: Path, run_arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[[list[str]], None],
+    run_dir: Path,
+    run_arguments: Callable[..., list[str]],
+    tmp_path: Path,
 ) -> None:
     """Of the run above, on one rank instead of two: the server, which started from model_path, has the
     checkpoint's weights before it samples for the first time, and the policy goes on from them."""
-    monkeypatch.setenv(SUPERVISOR_PID, "")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # torch's launcher leaves log files open
-        arguments = run_arguments(
+    train(
+        run_arguments(
             f"policy.weights_path={run_dir}",
             "train.num_steps=1",
             "optimizer.lr=1e-9",
             "rollout.deterministic=true",
         )
-        assert cli.main(["train", *arguments]) == 0
-        gc.collect()
+    )
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert line["mismatch/logprob_abs_mean"] < 1e-5
     assert line["mismatch/logprob_abs_max"] < 5e-5
