@@ -186,7 +186,9 @@ def _draw_curves(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
         axes.set_ylim(low, top if high <= top else high + 0.03 * (high - low))
     if panel.log and any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        low, high = axes.get_ylim()
+        subs = (1, 2, 5) if high < 1e3 * low else (1,)  # over many decades (1, 2, 5) gives no ticks at all
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(NullLocator())
     if panel.percent:

@@ -111,6 +111,19 @@ def test_an_axis_that_starts_at_zero_shows_nothing_below_it(values: tuple[float,
     assert 1.02 * values[1] < high < top
 
 
+@pytest.mark.parametrize(("low", "expected"), [(0.3, "0.5"), (1e-3, "0.01"), (2e-8, "1e-06")])
+def test_a_logarithmic_axis_has_numbers_whatever_its_range(low: float, expected: str) -> None:
+    """Three metrics of one panel may lie nine decades apart."""
+    axes = Figure().subplots()
+    panel = Panel(title="", curves=(Curve(metric="x", label="x"),), log=True)
+    report._draw_curves(axes, panel, [{"step": 1, "x": low}, {"step": 2, "x": 20.0}])
+    bottom, top = axes.get_ylim()
+    labels = axes.get_yticklabels()
+    shown = [label.get_text() for label in labels if bottom <= label.get_position()[1] <= top]
+    assert expected in shown
+    assert 3 <= len(shown) <= 10
+
+
 def test_phases_without_time_have_no_entry() -> None:
     axes = Figure().subplots()
     report._draw_times(axes, [{"step": 1, "time/step_s": 2.0, "time/rollout_s": 1.5, "time/reward_s": 0.0}])
