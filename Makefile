@@ -37,7 +37,7 @@ quickstart: $(INSTALLED) ## a tiny mixture-of-experts model learns arithmetic: a
 
 # One thread per process: tests that start ranks and servers share the cores among them.
 test: export OMP_NUM_THREADS := 1
-test: $(INSTALLED) ## all tests; PYTEST_ARGS="-k packing" selects
+test: $(INSTALLED) ## all tests but those with SGLang; PYTEST_ARGS="-k packing" selects
 	@$(call stage,tests) $(PYTHON) -m pytest -q --durations=15 --durations-min=1 $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## lint, formatting, types, import contracts
@@ -59,7 +59,7 @@ test-sglang: $(INSTALLED) $(INSTALLED_SGLANG) ## the tests that start real SGLan
 env-py312: $(INSTALLED_312) ## create .venv-py312: Python 3.12, megatron-core 0.19.2, a CUDA build of torch (5.6 GB in all)
 
 test-py312: export OMP_NUM_THREADS := 1
-test-py312: $(INSTALLED_312) ## all tests in .venv-py312; not part of CI
+test-py312: $(INSTALLED_312) ## the tests of `make test` in .venv-py312; not part of CI
 	@$(call stage,tests on Python 3.12) CUDA_VISIBLE_DEVICES='' \
 		.venv-py312/bin/python -m pytest -q $(PYTEST_ARGS)
 

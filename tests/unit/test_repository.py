@@ -188,6 +188,52 @@ def test_ordinary_text_is_allowed(text: str) -> None:
     assert [name for name, pattern in FORBIDDEN_TEXT.items() if pattern.search(text)] == []
 
 
+def code_in(markdown: str) -> str:
+    """The code spans and blocks, one a line."""
+    return "\n".join(a or b for a, b in re.findall(r"```\w*\n(.*?)```|`([^`]+)`", markdown, re.DOTALL))
+
+
+def unknown_names(markdown: str, place: Path) -> Iterator[str]:
+    """What a page names in code or links to, and the repository does not have."""
+    code = code_in(markdown)
+    keys = {line.split(" = ")[0] for line in (ROOT / "tests/golden/config_keys.txt").read_text().splitlines()}
+    sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
+    known = keys | {key.rpartition(".")[0] for key in keys}
+    for key in re.findall(rf"(?<![\w./])(?:{sections})(?:\.[a-z_0-9]+)+(?=[=`\s,)]|$)", code, re.MULTILINE):
+        if key not in known and not key.endswith((".py", ".jsonl", ".json")):
+            yield f"setting {key}"
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"^make ([a-z0-9-]+)", code, re.MULTILINE):
+        if target not in targets:
+            yield f"make {target}"
+    for name in re.findall(rf"(?<![\w./-])(?:{'|'.join(sorted(FOLDERS))})/[\w./-]+", code):
+        if not (ROOT / name).exists():
+            yield name
+    for link in re.findall(r"\]\(([^)#]+)", markdown):
+        if "://" not in link and not (place.parent / link).exists():
+            yield link
+
+
+PAGES = [path for path in project_files() if path.suffix == ".md" and path.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_documentation_names_what_exists(path: Path) -> None:
+    assert list(unknown_names(path.read_text(), path)) == []
+
+
+def test_names_that_no_longer_exist_are_recognised() -> None:
+    text = """Set `policy.logprob_chunk_tokens` or `rollout.max_staleness=1`; [how](docs/how.md).
+```bash
+make demo
+make test PYTEST_ARGS="-k x"
+python tools/gone.py --all
+```
+See `tools/parity.py`, `data.train_path`, `checkpoints/latest`, `metrics.jsonl` and [this](LICENSE)."""
+    found = list(unknown_names(text, ROOT / "README.md"))
+    assert found == ["setting policy.logprob_chunk_tokens", "make demo", "tools/gone.py", "docs/how.md"]
+
+
 def test_ci_and_makefile_start_with_what_a_bare_machine_has() -> None:
     """All commands of CI are make targets, and every make target that runs Python installs it first."""
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
