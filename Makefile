@@ -5,7 +5,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs: a name in PATH may be a version manager's stub for what is not chosen or not installed.
+BASE_PYTHON ?= $(shell for python in python3.11 python3; do \
+	"$$python" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null && command -v "$$python" && break; done)
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
@@ -15,7 +17,8 @@ CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 
 # A second environment proves what must hold on the newest supported megatron-core too: pip has it for Python
 # 3.12 and later alone.
-PYTHON312 ?= $(shell command -v python3.12)
+PYTHON312 ?= $(shell for python in python3.12 python3; do \
+	"$$python" -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null && command -v "$$python" && break; done)
 INSTALLED_312 := .venv-py312/.installed
 
 # SGLang pins another torch than the trainer, and has an environment of its own.
@@ -69,8 +72,8 @@ clean: ## remove the environments and everything the tools left behind; runs/ st
 
 # The stamp comes last, so an interrupted installation is taken up again.
 $(INSTALLED): pyproject.toml constraints-cpu.txt
-	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "$(BASE_PYTHON) is not Python >= 3.11: make BASE_PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(BASE_PYTHON)" && "$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python >= 3.11 needed: $(if $(BASE_PYTHON),$(BASE_PYTHON) is not,neither python3.11 nor python3 in PATH is); make BASE_PYTHON=/path/to/python3.11"; exit 1; }
 	@$(call stage,installing into .venv ($(if $(HAS_GPU),GPU,CPU))) \
 		test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv; \
 		$(PYTHON) -m pip install -qq --disable-pip-version-check --progress-bar off \
@@ -86,9 +89,9 @@ $(INSTALLED_SGLANG): requirements-sglang-cpu.txt
 
 $(INSTALLED_312): pyproject.toml constraints-cpu.txt
 	@test -n "$(PYTHON312)" && "$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
-		|| { echo "Python 3.12 not found ($(or $(PYTHON312),no python3.12 in PATH)): make PYTHON312=/path/to/python3.12"; exit 1; }
+		|| { echo "Python 3.12 needed: $(if $(PYTHON312),$(PYTHON312) is not,neither python3.12 nor python3 in PATH is); make env-py312 PYTHON312=/path/to/python3.12"; exit 1; }
 	@$(call stage,installing into .venv-py312 (5.6 GB)) \
 		test -x .venv-py312/bin/python || "$(PYTHON312)" -m venv .venv-py312; \
 		.venv-py312/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off \
-			--constraint constraints-cpu.txt --editable '.[test,smollm2]'; \
+			--constraint constraints-cpu.txt --editable '.[test]'; \
 		touch $@

@@ -6,11 +6,15 @@ import ast
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 MAX_MODULE_LINES = 400
@@ -241,6 +245,70 @@ def test_ci_and_makefile_start_with_what_a_bare_machine_has() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("quickstart", "test", "check", "test-sglang"):
         assert re.search(rf"^{target}: \$\(INSTALLED\)", makefile, re.MULTILINE)
+
+
+COMPARED_IF_INSTALLED = {"liger-kernel", "quack", "transformer-engine", "verl"}
+"""Libraries that tools/bench_logprobs.py looks for."""
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as PEP 503 normalises it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed_with(*extras: str) -> set[str]:
+    """The distributions that `pip install '.[extras]'` asks for, without what these need themselves."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found, open_extras = set(), [*extras]
+    requirements = project["dependencies"]
+    while True:
+        for requirement in map(Requirement, requirements):
+            if requirement.name == project["name"]:
+                open_extras += requirement.extras
+            else:
+                found.add(canonical(requirement.name))
+        if not open_extras:
+            return found
+        requirements = project["optional-dependencies"][open_extras.pop()]
+
+
+@cache
+def owners() -> Mapping[str, list[str]]:
+    """Module -> the installed distributions that have it."""
+    return packages_distributions()
+
+
+def imported_distributions(source: str) -> set[str]:
+    """What a module's imports, wherever they stand, need from the package index."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add((node.module or "").partition(".")[0])
+    third_party = modules - sys.stdlib_module_names - FOLDERS
+    return {canonical(owners().get(module, [module])[0]) for module in third_party}
+
+
+def test_every_environment_has_what_the_tests_import() -> None:
+    """With what the tests run: tools, conversions, examples."""
+    makefile = (ROOT / "Makefile").read_text()
+    environments = re.findall(r"--editable '\.\[([\w,]+)\]'", makefile)
+    assert len(environments) == 2
+    needed: dict[str, str] = {}
+    for path in sources(*FOLDERS):
+        if ROOT / "megatron_drpo" / "platform" / "sglang_cpu" not in path.parents:  # SGLang's environment
+            needed |= dict.fromkeys(imported_distributions(path.read_text()), name_of(path))
+    for extras in environments:
+        covered = installed_with(*extras.split(",")) | COMPARED_IF_INSTALLED
+        assert {name: user for name, user in needed.items() if name not in covered} == {}, extras
+
+
+def test_imports_are_recognised() -> None:
+    source = "import os.path\nfrom tools import x\ndef f():\n    import yaml, absent_one\n"
+    assert imported_distributions(source) == {"pyyaml", "absent-one"}
+    assert "ray" not in installed_with("smollm2")
+    assert installed_with("dev") > {"torch", "ray", "gguf", "pytest", "ruff"}
 
 
 def test_constraints_pin_what_the_project_declares() -> None:
