@@ -15,6 +15,10 @@ from megatron_drpo.config import LossConfig
 from megatron_drpo.losses.base import RatioLoss
 from megatron_drpo.losses.tokens import LossTokens, TopK
 
+OTHERS_MIN = torch.finfo(torch.float32).eps
+"""Least probability of all other tokens in a binary KL. A float32 logprob within about this of 0 rounds to 0,
+which says that the token is near certain, not that it is: log(1 - 1) would make the KL of two policies
+that hardly differ infinite. The same in float64, which holds float32 values where metrics are computed."""
 REST_MIN = 1e-6
 """Least mass of the rest bin in a top-K KL. Logprobs are float32, so K probabilities add up to 1 within about
 this: a smaller rest is rounding noise, and an empty one would make the KL infinite for equal policies."""
@@ -96,16 +100,14 @@ class DppoBinaryTvLoss(DppoLoss):
 @dataclass(frozen=True, kw_only=True)
 class DppoBinaryKlLoss(DppoLoss):
     """KL(mu || pi) of (sampled token, all others):
-    mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi)); inf where pi = 1 and mu < 1."""
+    mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi)), with 1 - mu and 1 - pi at least `OTHERS_MIN`."""
 
     @torch.no_grad()
     def divergence(self, tokens: LossTokens) -> Float[Tensor, " N"]:
         logmu_N = tokens.anchor_logprobs_N.clamp(max=0)  # an engine may report 1e-7 for a certain token
         logpi_N = tokens.logprobs_N.clamp(max=0)
-        others_N = -torch.expm1(logmu_N)
-        of_others_N = others_N * (_log1mexp(logmu_N) - _log1mexp(logpi_N))
-        of_others_N = torch.where(others_N == 0, torch.zeros_like(others_N), of_others_N)
-        return logmu_N.exp() * (logmu_N - logpi_N) + of_others_N
+        others_N = (-torch.expm1(logmu_N)).clamp(min=OTHERS_MIN)
+        return logmu_N.exp() * (logmu_N - logpi_N) + others_N * (_log_others(logmu_N) - _log_others(logpi_N))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +178,10 @@ def _rest(logprobs_NK: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
     return -torch.expm1(logprobs_NK.logsumexp(dim=1).clamp(max=0))
 
 
-def _log1mexp(x_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """log(1 - e^x) for x <= 0 to full precision; -inf at 0."""
-    return torch.where(x_N > -math.log(2), (-torch.expm1(x_N)).log(), torch.log1p(-x_N.exp()))
+def _log_others(x_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """log(1 - e^x) for x <= 0 to full precision, at least log `OTHERS_MIN`."""
+    log_others_N = torch.where(x_N > -math.log(2), (-torch.expm1(x_N)).log(), torch.log1p(-x_N.exp()))
+    return log_others_N.clamp(min=math.log(OTHERS_MIN))
 
 
 def _warn_of_tv(loss: DppoLoss) -> list[str]:

@@ -73,16 +73,13 @@ def test_kl_mask_over_the_grid(loss_grid: LossTokens) -> None:
     assert torch.equal(loss.weight(loss_grid), torch.tensor(expected, dtype=torch.float64))
 
 
-def _bernoulli_kl(logmu: float, logpi: float) -> float:
-    """KL(mu || pi) of two outcomes, with 60 digits."""
+def _bernoulli_kl(logmu: float, logpi: float, least: float = 2.0**-23) -> float:
+    """KL(mu || pi) of two outcomes, with 60 digits; the other outcome has at least so much probability."""
     with localcontext() as context:
         context.prec = 60
         mu, pi = Decimal(logmu).exp(), Decimal(logpi).exp()
-        if mu == 1:
-            return -logpi
-        if pi == 1:
-            return math.inf
-        return float(mu * (mu / pi).ln() + (1 - mu) * ((1 - mu) / (1 - pi)).ln())
+        others_mu, others_pi = max(1 - mu, Decimal(least)), max(1 - pi, Decimal(least))
+        return float(mu * (mu / pi).ln() + others_mu * (others_mu / others_pi).ln())
 
 
 def test_binary_kl_is_exact_from_1e_12_to_1(loss_grid: LossTokens) -> None:
@@ -95,11 +92,65 @@ def test_binary_kl_is_exact_from_1e_12_to_1(loss_grid: LossTokens) -> None:
 
 def test_binary_kl_by_hand(make_tokens: MakeTokens) -> None:
     tokens = make_tokens([0.25, 0.5, 1.0, 0.3, 1.0], [0.5, 0.5, 1.0, 1.0, 0.5], [1.0] * 5)
-    expected = [math.log(2) / 2 + math.log(2 / 3) / 2, 0.0, 0.0, -math.log(0.3), math.inf]
+    # A certain token leaves the others float32's resolution, 2^-23.
+    from_1 = -math.log(0.3) + 2**-23 * math.log(2**-23 / 0.7)
+    to_1 = math.log(0.5) / 2 + math.log(0.5 / 2**-23) / 2
+    expected = [math.log(2) / 2 + math.log(2 / 3) / 2, 0.0, 0.0, from_1, to_1]
     kl = DppoBinaryKlLoss(mask_high=0.05, mask_low=0.05).divergence(tokens)
     assert kl.tolist() == pytest.approx(expected, abs=1e-15)
     above_1 = replace(tokens, anchor_logprobs_N=torch.full((5,), 1e-7, dtype=torch.float64))
     assert DppoBinaryKlLoss(mask_high=0.05, mask_low=0.05).divergence(above_1)[2].item() == 0.0
+
+
+NEARLY_CERTAIN = [(0.0, -1e-7), (0.0, -1e-6), (-1e-7, 0.0), (0.0, 0.0)]
+"""(logpi, logmu) that differ by float32's rounding at most."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["dppo_binary_kl", "dppo_topk_kl"])
+def test_rounding_to_certainty_masks_nothing(name: str, dtype: torch.dtype) -> None:
+    """A logprob of exactly 0 is a probability that float32 can not tell from 1, not one that is 1. Metrics
+    read the same float32 values in float64, and must see the same divergence."""
+    rows = torch.tensor([(*pair, a) for pair in NEARLY_CERTAIN for a in (-1.0, 1.0)]).to(dtype)
+    logpi, logmu, advantages = rows.unbind(1)
+    logpi = logpi.clone().requires_grad_()
+    tokens = LossTokens(
+        logprobs_N=logpi,
+        anchor_logprobs_N=logmu,
+        rollout_logprobs_N=logmu,
+        advantages_N=advantages,
+        topk=TopK(logprobs_NK=logpi.detach()[:, None], rollout_logprobs_NK=logmu[:, None]),
+    )
+    loss = build_loss(LossConfig(name=name, num_topk=1))
+    assert isinstance(loss, DppoLoss)
+    divergence = loss.divergence(tokens)
+    assert divergence.min().item() >= (-1e-6 if name == "dppo_topk_kl" else -1e-7)
+    assert divergence.max().item() <= 5e-6
+    assert loss.weight(tokens).tolist() == [1.0] * len(rows)
+    assert not loss.outside_trust_region(tokens).any()
+    (gradient,) = torch.autograd.grad(loss.value(tokens).sum(), logpi)
+    torch.testing.assert_close(gradient, -advantages, rtol=2e-6, atol=0)
+
+
+def test_binary_kl_in_float32_near_certainty() -> None:
+    """Against 60 digits: with the floor everywhere, without it wherever float32 resolves 1 - p."""
+    exponents = torch.arange(1, 45) / 5
+    near_1 = torch.cat([-(10.0**-exponents), torch.zeros(1)])
+    pairs = torch.cartesian_prod(near_1, near_1)
+    tokens = LossTokens(
+        logprobs_N=pairs[:, 0],
+        anchor_logprobs_N=pairs[:, 1],
+        rollout_logprobs_N=pairs[:, 1],
+        advantages_N=torch.ones(len(pairs)),
+    )
+    kl = DppoBinaryKlLoss(mask_high=0.15, mask_low=0.15).divergence(tokens)
+    assert kl.dtype == torch.float32
+    floored = [_bernoulli_kl(logmu, logpi) for logpi, logmu in pairs.tolist()]
+    torch.testing.assert_close(kl.double(), torch.tensor(floored).double(), rtol=1e-5, atol=3e-7)
+    resolved = (pairs < -(2.0**-23)).all(1)
+    assert int(resolved.sum()) > 1000
+    exact = [_bernoulli_kl(logmu, logpi, least=0.0) for logpi, logmu in pairs[resolved].tolist()]
+    torch.testing.assert_close(kl[resolved].double(), torch.tensor(exact).double(), rtol=1e-5, atol=3e-7)
 
 
 def test_cap_bounds_the_coefficient(make_tokens: MakeTokens) -> None:
