@@ -105,7 +105,7 @@ def _verify_in_megatron(
         return
     fitting: dict[str, ParallelConfig] = {}
     for layout, parallel in layouts.items():
-        problems = [*parallel.problems(), *check_layout(parallel, checkpoint.arch)]
+        problems = [*parallel.problems("parallel."), *check_layout(parallel, checkpoint.arch)]
         if problems:
             report.skip(f"model on {layout}", "; ".join(problems))
             continue

@@ -69,10 +69,13 @@ def warn_config(config: Config) -> list[str]:
     warnings = []
     if config.train.mode is Mode.rl:
         warnings += build_objective(config.algorithm).warnings()
-        if config.rollout.top_p < 1 or config.rollout.top_k != -1:
+        rollout = config.rollout
+        truncations = [f"rollout.top_p={rollout.top_p}"] if rollout.top_p < 1 else []
+        truncations += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k is not None else []
+        if truncations:
             warnings.append(
-                f"rollout.top_p={config.rollout.top_p}, rollout.top_k={config.rollout.top_k}: tokens are "
-                "drawn from a truncated distribution, but rollout_logprobs are those of the full one"
+                f"{', '.join(truncations)}: tokens are drawn from a truncated distribution, but "
+                "rollout_logprobs are those of the full one"
             )
         if config.algorithm.dynamic_sampling.enabled and config.algorithm.advantage is Advantage.uncentred:
             warnings.append(

@@ -3,35 +3,27 @@
 Defaults live here and nowhere else. This module imports nothing heavy, so that a configuration can be
 checked in a second on any machine. How files and command lines become a `Config`: `config_io.py`.
 
-Each section's `problems()` yields one sentence per broken rule; `Config` gathers them all. Rules that
-need the model (heads, layers, experts) live in `policy/parallel.py`.
+Every number declares its limits (`limits.py`): what lies outside ends a run or bends it in silence, what
+lies inside is generous. "No limit" is `null`, and an interval of 0 is "never". A section's `rules()` say
+what limits cannot; `Config` gathers all problems. Rules that need the model (heads, layers, experts) live in
+`policy/parallel.py`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from megatron_drpo.errors import ConfigError
+from megatron_drpo.limits import Problems, Section, limits, number
 
-Problems = Iterator[str]
-
-
-def _at_least(section: object, prefix: str, minimum: float, *names: str) -> Problems:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < minimum:
-            yield f"{prefix}.{name}={value}: must be at least {minimum}"
-
-
-def _positive(section: object, prefix: str, *names: str) -> Problems:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and not value > 0:
-            yield f"{prefix}.{name}={value}: must be greater than 0"
+MAX_STEPS = 10_000_000
+MAX_TOKENS = 2**24
+MAX_RANKS = 65_536
+DAY_S = 86_400
+MONTH_S = 30 * DAY_S
 
 
 # --------------------------------------------------------------------------------------- what to do
@@ -49,16 +41,13 @@ class PlatformName(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     mode: Mode = Mode.rl
     """`rl`: sample, score, update. `sft`: maximise the likelihood of each line's `response`."""
-    num_steps: int = 100
+    num_steps: int = number(100, at_least=1, at_most=MAX_STEPS)
     """Steps of the whole run; a resumed run continues up to this number."""
-    num_updates_per_step: int = 1
+    num_updates_per_step: int = number(1, at_least=1, at_most=10_000)
     """Optimizer steps (global batches) per step; each takes an equal share of the step's sequences."""
-
-    def problems(self) -> Problems:
-        yield from _at_least(self, "train", 1, "num_steps", "num_updates_per_step")
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -75,7 +64,7 @@ class OnLongPrompt(StrEnum):
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     train_path: str = ""
     """JSONL; a line has `prompt` (text) or `messages` (chat), `answer`, `response` (sft), free metadata."""
     eval_path: str | None = None
@@ -84,16 +73,15 @@ class DataConfig:
     """A line that is not valid: stop and name it, or skip and count it."""
     apply_chat_template: bool = False
     """Wrap a `prompt` as one user message. `messages` always go through the chat template."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = number(1024, at_least=1, at_most=MAX_TOKENS)
     on_long_prompt: OnLongPrompt = OnLongPrompt.drop
     """A prompt over max_prompt_tokens: drop and count it, or stop and name it."""
     shuffle: bool = True
     """Reshuffle every epoch, seeded by `seed` and the epoch."""
 
-    def problems(self) -> Problems:
+    def rules(self) -> Problems:
         if not self.train_path:
             yield "data.train_path is missing: give a JSONL file of prompts"
-        yield from _at_least(self, "data", 1, "max_prompt_tokens")
 
 
 # ------------------------------------------------------------------------------------------- rollout
@@ -105,37 +93,30 @@ class RolloutEngineName(StrEnum):
 
 
 @dataclass(kw_only=True)
-class EmbeddedServerConfig:
+class EmbeddedServerConfig(Section):
     """The server this project starts itself, backed by transformers (`rollout/embedded/`)."""
 
     host: str = "127.0.0.1"
-    num_slots: int = 64
+    num_slots: int = number(64, at_least=1, at_most=4096)
     """Sequences decoded together."""
-    num_threads: int = 2
+    num_threads: int = number(2, at_least=1, at_most=1024)
     """CPU threads of the server process."""
-
-    def problems(self) -> Problems:
-        yield from _at_least(self, "rollout.embedded", 1, "num_slots", "num_threads")
 
 
 @dataclass(kw_only=True)
-class SGLangServerConfig:
+class SGLangServerConfig(Section):
     """The SGLang servers that this project starts (`make sglang-env` builds their environment)."""
 
     python: str = ".venv-sglang/bin/python"
     """Interpreter of the environment that has sglang."""
     host: str = "127.0.0.1"
-    tensor_parallel_size: int = 1
-    context_length: int | None = None
+    tensor_parallel_size: int = number(1, at_least=1, at_most=1024)
+    context_length: int | None = number(None, at_least=1, at_most=MAX_TOKENS)
     """Longest prompt with its response; not given: the model's own."""
-    max_total_tokens: int | None = None
+    max_total_tokens: int | None = number(None, at_least=1, at_most=2**32)
     """Tokens in the key-value cache; not given: what SGLang finds room for (16384 without a GPU)."""
     arguments: list[str] = field(default_factory=list)
     """Further flags of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
-
-    def problems(self) -> Problems:
-        key = "rollout.sglang"
-        yield from _at_least(self, key, 1, "tensor_parallel_size", "context_length", "max_total_tokens")
 
 
 class Placement(StrEnum):
@@ -144,38 +125,32 @@ class Placement(StrEnum):
 
 
 @dataclass(kw_only=True)
-class FleetConfig:
+class FleetConfig(Section):
     """How many servers are started, and what happens to one that fails."""
 
-    num_servers: int = 1
+    num_servers: int = number(1, at_least=1, at_most=10_000)
     placement: Placement = Placement.local
     """Where: on this machine, or on the nodes of a Ray cluster, each server as an actor with
     rollout.sglang.tensor_parallel_size GPUs that is started again on any node with room."""
     ray_address: str = "auto"
     """Of the cluster, e.g. 10.0.0.1:6379; auto: the one that this machine belongs to."""
-    first_gpu: int | None = None
+    first_gpu: int | None = number(None, at_least=0, at_most=1023)
     """Index on this machine of the first server's first GPU; the others follow. Not given: after those of the
     trainer's ranks; 0 with rollout.colocated, and by `fleet up`."""
-    health_interval_s: float = 10.0
+    health_interval_s: float = number(10.0, at_least=0.01, at_most=DAY_S)
     """Between two generations that prove a server alive."""
-    health_timeout_s: float = 60.0
+    health_timeout_s: float = number(60.0, at_least=0.1, at_most=DAY_S)
     """A server that generates nothing for so long hangs: it is killed and started again."""
-    max_failures: int = 3
+    max_failures: int = number(3, at_least=1, at_most=1000)
     """Failures in a row after which a server leaves the fleet; a server that has worked for
     failure_memory_s starts anew at 0."""
-    failure_memory_s: float = 600.0
-    restart_backoff_s: float = 1.0
+    failure_memory_s: float = number(600.0, at_least=0.1, at_most=MONTH_S)
+    restart_backoff_s: float = number(1.0, at_least=0, at_most=3600)
     """Pause before the first restart; it doubles with every failure in a row."""
-
-    def problems(self) -> Problems:
-        key = "rollout.fleet"
-        yield from _at_least(self, key, 1, "num_servers", "max_failures")
-        yield from _at_least(self, key, 0, "restart_backoff_s", "first_gpu")
-        yield from _positive(self, key, "health_interval_s", "health_timeout_s", "failure_memory_s")
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Section):
     engine: RolloutEngineName = RolloutEngineName.embedded
     """What is started if neither `endpoints` nor `fleet_file` is given: this project's server, or SGLang."""
     endpoints: list[str] = field(default_factory=list)
@@ -186,37 +161,37 @@ class RolloutConfig:
     """Environment variable that holds the key which the servers ask for; servers we start get it as well."""
     colocated: bool = False
     """Servers and trainer take turns on the same GPUs: each lets go of its memory while the other works."""
-    max_staleness: int = 0
+    max_staleness: int = number(0, at_least=0, at_most=1000)
     """Steps by which sampling may be ahead of training. 0: synchronous. 1: the next step's batch is sampled
     while this one trains. n: up to n more batches are in flight, and no token is trained on that is more than
     n steps old."""
     function: str | None = None
     """`module:function`: an asynchronous function of a `Conversation` that makes each rollout of several
     turns, see `rollout/conversation.py`; not given: one turn."""
-    oversampling: float = 0.0
+    oversampling: float = number(0.0, at_least=0, at_most=100)
     """Share of further prompts in flight beyond what a step needs: it trains on the first groups to finish.
     The slowest are interrupted and go on from the tokens they have, in the next step: tokens may be one step
     older than max_staleness says."""
-    num_prompts_per_step: int = 64
-    num_samples_per_prompt: int = 8
-    max_response_tokens: int = 1024
-    temperature: float = 1.0
+    num_prompts_per_step: int = number(64, at_least=1, at_most=10**6)
+    num_samples_per_prompt: int = number(8, at_least=1, at_most=10**5)
+    max_response_tokens: int = number(1024, at_least=1, at_most=MAX_TOKENS)
+    temperature: float = number(1.0, at_least=0.01, at_most=10)
     """Sampling temperature; the trainer's logprobs use it as well."""
-    top_p: float = 1.0
-    top_k: int = -1
-    """-1: off."""
-    stop_token_ids: list[int] = field(default_factory=list)
+    top_p: float = number(1.0, at_least=0.01, at_most=1)
+    top_k: int | None = number(None, at_least=1, at_most=MAX_TOKENS)
+    """Only this many of the most probable tokens are drawn from; null: all."""
+    stop_token_ids: list[int] = field(default_factory=list, metadata=limits(at_least=0, at_most=MAX_TOKENS))
     """Besides the model's own end-of-sequence ids."""
     deterministic: bool = False
     """Fix batch composition, order and per-sample seeds: bit-reproducible on the CPU platform in fp32."""
-    max_concurrent_requests: int = 64
+    max_concurrent_requests: int = number(64, at_least=1, at_most=10**5)
     """Requests in flight per data-parallel replica; each asks for all samples of one prompt."""
-    request_timeout_s: float = 600.0
-    num_retries: int = 3
+    request_timeout_s: float = number(600.0, at_least=0.1, at_most=MONTH_S)
+    num_retries: int = number(3, at_least=0, at_most=1000)
     """Further attempts of a failed request, each on the server that is least busy, before the run stops."""
-    startup_timeout_s: float = 120.0
+    startup_timeout_s: float = number(120.0, at_least=0.1, at_most=DAY_S)
     """How long a server may take until it generates."""
-    no_server_timeout_s: float = 600.0
+    no_server_timeout_s: float = number(600.0, at_least=0.1, at_most=MONTH_S)
     """How long to wait while no server of the fleet has current weights, before the run stops."""
     embedded: EmbeddedServerConfig = field(default_factory=EmbeddedServerConfig)
     sglang: SGLangServerConfig = field(default_factory=SGLangServerConfig)
@@ -227,26 +202,9 @@ class RolloutConfig:
         """What `api_key_env` holds."""
         return None if self.api_key_env is None else os.environ.get(self.api_key_env)
 
-    def problems(self) -> Problems:
-        yield from _at_least(
-            self,
-            "rollout",
-            1,
-            "num_prompts_per_step",
-            "num_samples_per_prompt",
-            "max_response_tokens",
-            "max_concurrent_requests",
-        )
-        yield from _at_least(self, "rollout", 0, "num_retries", "max_staleness", "oversampling")
-        yield from _positive(
-            self, "rollout", "temperature", "request_timeout_s", "startup_timeout_s", "no_server_timeout_s"
-        )
+    def rules(self) -> Problems:
         if self.api_key_env is not None and not self.api_key:
             yield f"rollout.api_key_env={self.api_key_env}: that environment variable is not set"
-        if not 0 < self.top_p <= 1:
-            yield f"rollout.top_p={self.top_p}: must be in (0, 1]"
-        if self.top_k != -1 and self.top_k < 1:
-            yield f"rollout.top_k={self.top_k}: must be -1 (off) or at least 1"
         if self.endpoints and self.fleet_file is not None:
             yield "rollout.endpoints and rollout.fleet_file exclude each other: give one of them"
         if self.colocated and self.max_staleness:
@@ -258,8 +216,6 @@ class RolloutConfig:
         for url in self.endpoints:
             if not url.startswith(("http://", "https://")):
                 yield f"rollout.endpoints: {url!r} must start with http:// or https://"
-        for section in (self.embedded, self.sglang, self.fleet):
-            yield from section.problems()
 
     def _deterministic_problems(self) -> Problems:
         if not self.deterministic:
@@ -289,25 +245,23 @@ class OnRewardError(StrEnum):
 
 
 @dataclass(kw_only=True)
-class RewardConfig:
+class RewardConfig(Section):
     name: str = "math_verify"
     """`math_verify`, `exact_match`, or `module:function` taking a Rollout and returning a float."""
-    num_workers: int = 2
+    num_workers: int = number(2, at_least=1, at_most=1024)
     """Worker processes per data-parallel replica."""
-    timeout_s: float = 10.0
+    timeout_s: float = number(10.0, at_least=0.01, at_most=DAY_S)
     """Limit for one response."""
     on_error: OnRewardError = OnRewardError.error
     """A reward that raises or hangs: stop and name the response, or count it and score 0."""
     overlong: Overlong = Overlong.keep
     """Truncated responses: score as they are, leave out of the loss, or penalise (arXiv 2503.14476, 13)."""
-    overlong_buffer_tokens: int = 0
+    overlong_buffer_tokens: int = number(0, at_least=0, at_most=MAX_TOKENS)
     """soft_penalty: length of the interval before max_response_tokens over which the penalty grows to 1."""
     shuffle: bool = False
     """Negative control: permute the rewards among the samples of a step. Accuracy must not rise."""
 
-    def problems(self) -> Problems:
-        yield from _at_least(self, "reward", 1, "num_workers")
-        yield from _positive(self, "reward", "timeout_s")
+    def rules(self) -> Problems:
         if self.overlong is Overlong.soft_penalty and self.overlong_buffer_tokens < 1:
             yield (
                 f"reward.overlong_buffer_tokens={self.overlong_buffer_tokens}: "
@@ -351,40 +305,31 @@ class KlEstimator(StrEnum):
 
 
 @dataclass(kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     name: str = "drpo"
     """One of `losses/registry.py`, or `module:function` taking a LossConfig and returning a `Loss`."""
-    delta: float = 0.1
+    delta: float = number(0.1, at_least=1e-6, at_most=1000)
     """drpo, mask_drpo: bound on |pi - mu| of the regulariser. At 1 or above it can never bind."""
-    epsilon: float = 0.2
+    epsilon: float = number(0.2, at_least=1e-6, at_most=1000)
     """spo: bound on |r - 1|."""
-    mask_high: float = 0.15
+    mask_high: float = number(0.15, at_least=1e-6, at_most=100)
     """dppo, mask_drpo: for A > 0, the divergence (TV or KL) above which a diverging token is masked."""
-    mask_low: float | None = None
+    mask_low: float | None = number(None, at_least=1e-6, at_most=100)
     """The same for A < 0; mask_high when not given."""
-    ratio_cap: float | None = None
+    ratio_cap: float | None = number(None, at_least=0.01, at_most=10**6)
     """dppo: the detached ratio is capped here; not given: no cap."""
-    num_topk: int = 20
+    num_topk: int = number(20, at_least=1, at_most=10_000)
     """dppo_topk: ids per token that the rollout reports; the rest of the vocabulary is one further bin."""
-    clip_low: float = 0.2
+    clip_low: float = number(0.2, at_least=1e-6, at_most=1)
     """grpo, gspo, cispo: ratio clipped below 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: float = number(0.2, at_least=1e-6, at_most=1000)
     """grpo, gspo, cispo: ratio clipped above 1 + clip_high."""
-    dual_clip: float | None = None
+    dual_clip: float | None = number(None, at_least=1.01, at_most=1000)
     """grpo: for negative advantages the loss is capped at dual_clip * |A|."""
-
-    def problems(self) -> Problems:
-        key = "algorithm.loss"
-        yield from _positive(self, key, "delta", "epsilon", "clip_high", "mask_high", "mask_low", "ratio_cap")
-        yield from _at_least(self, key, 1, "num_topk")
-        if not 0 < self.clip_low <= 1:
-            yield f"algorithm.loss.clip_low={self.clip_low}: must be in (0, 1]"
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            yield f"algorithm.loss.dual_clip={self.dual_clip}: must be greater than 1"
 
 
 @dataclass(kw_only=True)
-class CorrectionConfig:
+class CorrectionConfig(Section):
     """Train/rollout mismatch: each factor multiplies the loss of a token, without a gradient.
 
     rho = old / mu with `anchor=recomputed`. With `anchor=rollout`, rho = pi / mu, which r contains already:
@@ -395,20 +340,18 @@ class CorrectionConfig:
     token: TokenCorrection = TokenCorrection.none
     """tis: min(rho, token_high), truncated (needs `anchor=recomputed`). mis: rho up to token_high, else 0.
     icepop: rho inside [token_low, token_high], else 0 (arXiv 2510.18855)."""
-    token_low: float = 0.5
+    token_low: float = number(0.5, at_least=0, at_most=1000)
     """icepop alone reads it."""
-    token_high: float = 2.0
-    sequence_low: float | None = None
+    token_high: float = number(2.0, at_least=0.001, at_most=1000)
+    sequence_low: float | None = number(None, at_least=0.001, at_most=1000)
     """Sequences whose geometric mean of rho lies outside [sequence_low, sequence_high] are masked."""
-    sequence_high: float | None = None
-    opsm_delta: float | None = None
+    sequence_high: float | None = number(None, at_least=0.001, at_most=1000)
+    opsm_delta: float | None = number(None, at_least=1e-6, at_most=100)
     """Off-policy sequence mask (arXiv 2512.02556): in sequences with mean(logmu - logpi) > opsm_delta, mu
     being the anchor, tokens with A < 0 are masked."""
 
-    def problems(self) -> Problems:
+    def rules(self) -> Problems:
         key = "algorithm.correction"
-        yield from _positive(self, key, "token_high", "sequence_low", "sequence_high", "opsm_delta")
-        yield from _at_least(self, key, 0, "token_low")
         for level in ("token", "sequence"):
             low, high = getattr(self, f"{level}_low"), getattr(self, f"{level}_high")
             if low is not None and high is not None and low > high:
@@ -416,53 +359,43 @@ class CorrectionConfig:
 
 
 @dataclass(kw_only=True)
-class KlConfig:
+class KlConfig(Section):
     """A penalty on the divergence from a frozen reference policy, added to every loss token."""
 
-    coef: float = 0.0
+    coef: float = number(0.0, at_least=0, at_most=1000)
     """0: no reference policy is held."""
     estimator: KlEstimator = KlEstimator.k3
     reference_path: str | None = None
     """HF folder of the reference policy; not given: what the policy starts from."""
 
-    def problems(self) -> Problems:
-        yield from _at_least(self, "algorithm.kl", 0, "coef")
-
 
 @dataclass(kw_only=True)
-class DynamicSamplingConfig:
+class DynamicSamplingConfig(Section):
     """DAPO's filter (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are dropped and
     refilled."""
 
     enabled: bool = False
-    max_rounds: int = 10
+    max_rounds: int = number(10, at_least=1, at_most=10_000)
     """Batches of prompts drawn in one step before the run goes on with the groups it has."""
-
-    def problems(self) -> Problems:
-        yield from _at_least(self, "algorithm.dynamic_sampling", 1, "max_rounds")
 
 
 @dataclass(kw_only=True)
-class AlgorithmConfig:
+class AlgorithmConfig(Section):
     loss: LossConfig = field(default_factory=LossConfig)
     anchor: Anchor = Anchor.rollout
     """The denominator of r: the engine's logprobs (the paper's choice), or the trainer's own, recomputed
     before the step's first update."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     kl: KlConfig = field(default_factory=KlConfig)
-    entropy_coef: float = 0.0
+    entropy_coef: float = number(0.0, at_least=0, at_most=100)
     """Weight of the entropy bonus: the loss falls by entropy_coef * H."""
     advantage: Advantage = Advantage.group_mean
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     aggregation: Aggregation = Aggregation.token_mean
-    horizon_tokens: int | None = None
+    horizon_tokens: int | None = number(None, at_least=1, at_most=MAX_TOKENS)
     """sequence_mean_token_sum: the fixed divisor; rollout.max_response_tokens when not given."""
 
-    def problems(self) -> Problems:
-        for section in (self.loss, self.correction, self.kl, self.dynamic_sampling):
-            yield from section.problems()
-        yield from _at_least(self, "algorithm", 1, "horizon_tokens")
-        yield from _at_least(self, "algorithm", 0, "entropy_coef")
+    def rules(self) -> Problems:
         if self.anchor is Anchor.rollout and self.correction.token is TokenCorrection.tis:
             yield (
                 "algorithm.correction.token=tis needs algorithm.anchor=recomputed: with anchor=rollout the "
@@ -508,7 +441,7 @@ class LogprobBackend(StrEnum):
 
 
 @dataclass(kw_only=True)
-class PolicyConfig:
+class PolicyConfig(Section):
     model_path: str = ""
     """HF folder: config.json, tokenizer, safetensors. Servers start from it."""
     weights_path: str | None = None
@@ -516,7 +449,7 @@ class PolicyConfig:
     model_path. Any parallel layout."""
     dtype: Dtype = Dtype.bf16
     """Parameters and activations. Main parameters, gradients and optimizer state are fp32 either way."""
-    max_tokens_per_micro_batch: int = 8192
+    max_tokens_per_micro_batch: int = number(8192, at_least=1, at_most=MAX_TOKENS)
     """Token budget of one packed forward, of all context-parallel ranks together; a longer sequence gets a
     micro-batch of its own."""
     recompute: Recompute = Recompute.none
@@ -527,7 +460,7 @@ class PolicyConfig:
     auto: one_pass where the loss allows it."""
     logprob_backend: LogprobBackend = LogprobBackend.auto
     """What reads and writes the logits: torch, or fused Triton kernels (CUDA). auto: triton on CUDA."""
-    logprob_buffer_bytes: int = 256 * 2**20
+    logprob_buffer_bytes: int = number(256 * 2**20, at_least=2**10, at_most=2**36)
     """Memory for logits; tokens go through the LM head in chunks that fit. One chunk, one collective
     where the mode is one_pass."""
     routing_replay: RoutingReplay = RoutingReplay.none
@@ -540,28 +473,27 @@ class PolicyConfig:
     megatron_overrides: dict[str, Any] = field(default_factory=dict)
     """Further fields of Megatron's TransformerConfig; unknown names are an error."""
 
-    def problems(self) -> Problems:
+    def rules(self) -> Problems:
         if not self.model_path:
             yield "policy.model_path is missing: give an HF model folder"
-        yield from _at_least(self, "policy", 1, "max_tokens_per_micro_batch", "logprob_buffer_bytes")
 
 
 @dataclass(kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Section):
     """Sizes of the process mesh. Ranks = tensor * context * pipeline * data; expert layers re-split the
     ranks of one pipeline stage."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
     sequence_parallel: bool = False
-    context_parallel_size: int = 1
+    context_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
     """Ranks that share the tokens of each sequence."""
-    pipeline_parallel_size: int = 1
-    virtual_pipeline_parallel_size: int = 1
+    pipeline_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
+    virtual_pipeline_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
     """Model chunks per pipeline rank; 1: not interleaved."""
-    expert_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    timeout_s: float = 600.0
+    expert_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
+    expert_tensor_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
+    data_parallel_size: int = number(1, at_least=1, at_most=MAX_RANKS)
+    timeout_s: float = number(600.0, at_least=1, at_most=MONTH_S)
     """Limit of one collective; on expiry the rank that waits stops with an error."""
 
     @property
@@ -573,10 +505,7 @@ class ParallelConfig:
             * self.data_parallel_size
         )
 
-    def problems(self) -> Problems:
-        sizes = [f.name for f in fields(self) if f.name.endswith("_size")]
-        yield from _at_least(self, "parallel", 1, *sizes)
-        yield from _positive(self, "parallel", "timeout_s")
+    def rules(self) -> Problems:
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             yield "parallel.sequence_parallel=True needs parallel.tensor_parallel_size > 1"
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
@@ -585,8 +514,8 @@ class ParallelConfig:
                 "needs parallel.pipeline_parallel_size > 1"
             )
         expert_ranks = self.expert_parallel_size * self.expert_tensor_parallel_size
-        ranks_per_stage = self.world_size // max(self.pipeline_parallel_size, 1)
-        if expert_ranks >= 1 and ranks_per_stage % expert_ranks:
+        ranks_per_stage = self.world_size // self.pipeline_parallel_size
+        if ranks_per_stage % expert_ranks:
             yield (
                 f"parallel.expert_parallel_size * expert_tensor_parallel_size = {expert_ranks} must divide "
                 f"tensor_parallel_size * context_parallel_size * data_parallel_size = {ranks_per_stage}"
@@ -600,30 +529,23 @@ class Schedule(StrEnum):
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW, with Megatron's distributed optimizer."""
 
-    lr: float = 1e-6
-    min_lr: float = 0.0
+    lr: float = number(1e-6, at_least=1e-12, at_most=1)
+    min_lr: float = number(0.0, at_least=0, at_most=1)
     """Where linear and cosine schedules end."""
     schedule: Schedule = Schedule.constant
-    num_warmup_updates: int = 0
+    num_warmup_updates: int = number(0, at_least=0, at_most=10**9)
     """Optimizer steps of linear warm-up from 0."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0: off."""
+    beta1: float = number(0.9, at_least=0, at_most=0.999999)
+    beta2: float = number(0.999, at_least=0, at_most=0.999999)
+    eps: float = number(1e-8, at_least=1e-20, at_most=1)
+    weight_decay: float = number(0.01, at_least=0, at_most=10)
+    clip_grad: float | None = number(1.0, at_least=1e-6, at_most=10**6)
+    """Global gradient norm above which gradients are scaled down; null: no limit."""
 
-    def problems(self) -> Problems:
-        yield from _positive(self, "optimizer", "lr", "eps")
-        yield from _at_least(
-            self, "optimizer", 0, "min_lr", "num_warmup_updates", "weight_decay", "clip_grad"
-        )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"optimizer.{name}={getattr(self, name)}: must be in [0, 1)"
+    def rules(self) -> Problems:
         if self.min_lr > self.lr:
             yield f"optimizer.min_lr={self.min_lr}: must not exceed optimizer.lr={self.lr}"
 
@@ -638,38 +560,33 @@ class WeightSyncPath(StrEnum):
 
 
 @dataclass(kw_only=True)
-class WeightSyncConfig:
+class WeightSyncConfig(Section):
     """How new weights reach the rollout servers after an update."""
 
     path: WeightSyncPath = WeightSyncPath.tensor
     """tensor: in requests. distributed: broadcast over NCCL or gloo. disk: an HF folder in run_dir, on a file
     system that the servers share."""
-    bucket_bytes: int = 256 * 2**20
+    bucket_bytes: int = number(256 * 2**20, at_least=2**10, at_most=2**34)
     """Tensors travel in buckets of about this size; a larger tensor goes alone."""
-    timeout_s: float = 120.0
+    timeout_s: float = number(120.0, at_least=0.1, at_most=DAY_S)
     """Limit of each request and of each broadcast; a server that exceeds it is fenced."""
-    verify_every: int = 1
+    verify_every: int = number(1, at_least=0, at_most=MAX_STEPS)
     """Compare checksums after every n-th sync; 0: never."""
     host: str = "127.0.0.1"
     """distributed: address of the first trainer rank, as servers reach it."""
-    servers_per_group: int = 1
+    servers_per_group: int = number(1, at_least=1, at_most=10_000)
     """distributed: servers that share one broadcast. 1: a dead server never holds up another. More: fewer
     bytes leave the trainer, and a server that fails takes its group along."""
-
-    def problems(self) -> Problems:
-        yield from _at_least(self, "weight_sync", 1, "bucket_bytes", "servers_per_group")
-        yield from _at_least(self, "weight_sync", 0, "verify_every")
-        yield from _positive(self, "weight_sync", "timeout_s")
 
 
 # ----------------------------------------------------------------------------------------- run state
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
-    save_every_steps: int = 0
+class CheckpointConfig(Section):
+    save_every_steps: int = number(0, at_least=0, at_most=MAX_STEPS)
     """0: only at the end."""
-    keep_last: int = 2
+    keep_last: int = number(2, at_least=1, at_most=10**6)
     """Older checkpoints are deleted."""
     resume: bool = True
     """Continue from run_dir's latest checkpoint if there is one."""
@@ -678,73 +595,57 @@ class CheckpointConfig:
     export_hf: bool = True
     """Write the final weights as an HF folder, run_dir/hf."""
 
-    def problems(self) -> Problems:
-        yield from _at_least(self, "checkpoint", 0, "save_every_steps")
-        yield from _at_least(self, "checkpoint", 1, "keep_last")
-
 
 @dataclass(kw_only=True)
-class EvalConfig:
-    every_steps: int = 0
+class EvalConfig(Section):
+    every_steps: int = number(0, at_least=0, at_most=MAX_STEPS)
     """0: never. Otherwise also before the first step and after the last."""
-    num_samples_per_prompt: int = 1
+    num_samples_per_prompt: int = number(1, at_least=1, at_most=10**5)
     """k of avg@k."""
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = number(1.0, at_least=0, at_most=10)
+    top_p: float = number(1.0, at_least=0.01, at_most=1)
 
-    def problems(self) -> Problems:
-        yield from _at_least(self, "eval", 0, "every_steps")
-        yield from _at_least(self, "eval", 1, "num_samples_per_prompt")
-        yield from _at_least(self, "eval", 0, "temperature")
-        if not 0 < self.top_p <= 1:
-            yield f"eval.top_p={self.top_p}: must be in (0, 1]"
+    def rules(self) -> Problems:
+        if 0 < self.temperature < 0.01:
+            yield f"eval.temperature={self.temperature}: must be 0 (the most probable token) or at least 0.01"
 
 
 @dataclass(kw_only=True)
-class DeadlinesConfig:
-    """How long a rank may stay in one phase; 0: as long as it likes. A phase that takes longer ends the run,
+class DeadlinesConfig(Section):
+    """How long a rank may stay in one phase; null: no limit. A phase that takes longer ends the run,
     with a message that says which rank waits for which, and with every rank's stacks (`watchdog.py`).
 
     A rank that waits in a single collective for parallel.timeout_s stops earlier, and names nobody.
     """
 
-    start_s: float = 3600.0
+    start_s: float | None = number(3600.0, at_least=1, at_most=MONTH_S)
     """From the process group to the first phase: building and loading the model, reading prompts."""
-    rollout_s: float = 7200.0
-    update_s: float = 3600.0
-    weight_sync_s: float = 1800.0
-    checkpoint_s: float = 3600.0
+    rollout_s: float | None = number(7200.0, at_least=1, at_most=MONTH_S)
+    update_s: float | None = number(3600.0, at_least=1, at_most=MONTH_S)
+    weight_sync_s: float | None = number(1800.0, at_least=1, at_most=MONTH_S)
+    checkpoint_s: float | None = number(3600.0, at_least=1, at_most=MONTH_S)
     """Saving or loading a checkpoint, or the final export."""
-    evaluation_s: float = 7200.0
-
-    def problems(self) -> Problems:
-        yield from _at_least(self, "deadlines", 0, *(f.name for f in fields(self)))
+    evaluation_s: float | None = number(7200.0, at_least=1, at_most=MONTH_S)
 
 
 @dataclass(kw_only=True)
-class MetricsConfig:
+class MetricsConfig(Section):
     tensorboard: bool = True
-    num_rollouts_dumped: int = 32
+    num_rollouts_dumped: int = number(32, at_least=0, at_most=10**6)
     """Rollouts per step written to run_dir/rollouts, for reading."""
     progress: bool = True
     """Live display on a terminal; plain lines otherwise."""
-    prometheus_port: int | None = None
+    prometheus_port: int | None = number(None, at_least=1, at_most=65_535)
     """Port at which rank 0 answers GET /metrics for Prometheus; not given: none."""
     prometheus_host: str = "127.0.0.1"
     """Where it listens; 0.0.0.0 for a Prometheus on another machine."""
 
-    def problems(self) -> Problems:
-        yield from _at_least(self, "metrics", 0, "num_rollouts_dumped")
-        port = self.prometheus_port
-        if port is not None and not 1 <= port <= 65535:
-            yield f"metrics.prometheus_port={port}: must be in 1..65535"
-
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Section):
     run_dir: str = "runs/default"
     """Everything a run writes goes here."""
-    seed: int = 0
+    seed: int = number(0, at_least=0, at_most=2**32 - 1)
     platform: PlatformName = PlatformName.auto
     """`auto`: cuda if there is a GPU, else cpu."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -766,12 +667,7 @@ class Config:
         if problems:
             raise ConfigError(*problems)
 
-    def problems(self) -> Problems:
-        """Field rules of every section, then the rules between sections."""
-        for f in fields(self):
-            section = getattr(self, f.name)
-            if hasattr(section, "problems"):
-                yield from section.problems()
+    def rules(self) -> Problems:
         yield from self._batch_problems()
         if self.eval.every_steps and not self.data.eval_path:
             yield f"eval.every_steps={self.eval.every_steps} needs data.eval_path"
@@ -779,7 +675,7 @@ class Config:
     def _batch_problems(self) -> Problems:
         shares = self.parallel.data_parallel_size * self.train.num_updates_per_step
         prompts = self.rollout.num_prompts_per_step
-        if shares >= 1 and prompts % shares:
+        if prompts % shares:
             yield (
                 f"rollout.num_prompts_per_step={prompts} must be a multiple of "
                 f"parallel.data_parallel_size * train.num_updates_per_step = {shares}"

@@ -65,7 +65,7 @@ class RankPhase:
     pid: int
     began: float = 0.0
     """As `since`, but by this process's monotonic clock."""
-    limit_s: float = 0.0
+    limit_s: float | None = None
     age_s: float = 0.0
     place: str = ""
     """Of its main thread: file:line function."""
@@ -124,7 +124,7 @@ class Watchdog:
         self.begin("starting", 0)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if any(asdict(deadlines).values()):
+        if any(limit_s is not None for limit_s in asdict(deadlines).values()):
             self._thread.start()
 
     def begin(self, phase: str, step: int) -> None:
@@ -134,7 +134,7 @@ class Watchdog:
             phase: one of `PHASES`.
             step: counted from 1; 0 before the first.
         """
-        limit_s: float = getattr(self._deadlines, PHASES[phase])
+        limit_s: float | None = getattr(self._deadlines, PHASES[phase])
         # Replaced as a whole: the thread sees the old or the new one.
         self._now = replace(
             self._now,
@@ -180,7 +180,7 @@ class Watchdog:
                         self._answer(self._peers)
                 except RuntimeError:  # the store is gone; the deadline stands nevertheless
                     self._peers = None
-            if now.limit_s and time.monotonic() - now.began > now.limit_s and self._now is now:
+            if now.limit_s is not None and time.monotonic() - now.began > now.limit_s and self._now is now:
                 self._expire()
 
     def _expire(self) -> NoReturn:
@@ -305,6 +305,7 @@ def explain(late: RankPhase, others: Sequence[RankPhase], silent: Mapping[int, R
         others: answers of the other ranks.
         silent: the ranks that gave none -> what they published last.
     """
+    assert late.limit_s is not None, "it has passed it"
     rule = f"deadlines.{PHASES[late.phase]}={late.limit_s:g}"
     head = f"phase {late.label} has taken {late.age_s:.0f} s ({rule})"
     ranks = sorted([late, *others], key=lambda r: r.rank)

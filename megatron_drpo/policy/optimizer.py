@@ -32,7 +32,7 @@ def build_optimizer(
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
         adam_eps=config.eps,
-        clip_grad=config.clip_grad,
+        clip_grad=config.clip_grad or 0.0,  # Megatron's word for no limit
         bf16=dtype is Dtype.bf16,
         params_dtype=torch.bfloat16 if dtype is Dtype.bf16 else torch.float32,
         use_distributed_optimizer=True,

@@ -175,7 +175,7 @@ class RolloutEngine:
             "max_new_tokens": config.max_response_tokens,
             "temperature": config.temperature if plan.temperature is None else plan.temperature,
             "top_p": config.top_p if plan.top_p is None else plan.top_p,
-            "top_k": config.top_k,
+            "top_k": -1 if config.top_k is None else config.top_k,
             "stop_token_ids": self._stop_token_ids,
             "no_stop_trim": True,
         }

@@ -59,7 +59,7 @@ def test_check_warns_on_stderr(capsys: pytest.CaptureFixture[str], arguments: li
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2
     assert warnings[0].startswith("warning: algorithm.loss.delta=2.0: ")
-    assert warnings[1].startswith("warning: rollout.top_p=0.9, rollout.top_k=-1: ")
+    assert warnings[1].startswith("warning: rollout.top_p=0.9: ")
 
 
 def test_check_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

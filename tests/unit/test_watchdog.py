@@ -278,7 +278,7 @@ def test_a_phase_costs_microseconds(one_rank: object, tmp_path: Path) -> None:
 
 
 def test_without_deadlines_there_is_no_thread(one_rank: object, tmp_path: Path) -> None:
-    none = DeadlinesConfig(**dict.fromkeys(vars(DeadlinesConfig()), 0.0))
+    none = DeadlinesConfig(**dict.fromkeys(vars(DeadlinesConfig())))
     with Watchdog(none, tmp_path) as watchdog:
         watchdog.begin("update", 1)
         assert not watchdog._thread.is_alive()

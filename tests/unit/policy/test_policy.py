@@ -28,7 +28,7 @@ PackAll = Callable[[Policy, Sequence[TrainSequence]], list[MicroBatch]]
 Update = Callable[[Policy, Sequence[TrainSequence]], UpdateResult]
 
 LENGTHS = [5, 17, 2, 9, 31, 3, 12]
-UNCLIPPED = OptimizerConfig(lr=1e-3, clip_grad=0.0)
+UNCLIPPED = OptimizerConfig(lr=1e-3, clip_grad=None)
 
 
 @pytest.fixture
