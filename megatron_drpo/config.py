@@ -254,6 +254,9 @@ class RewardConfig(Section):
     """Limit for one response."""
     on_error: OnRewardError = OnRewardError.error
     """A reward that raises or hangs: stop and name the response, or count it and score 0."""
+    keep_special_tokens: bool = False
+    """Leave special tokens (`<|im_end|>`, `<think>` where it is one) in the text of a response, which the
+    reward gets and run_dir/rollouts shows."""
     overlong: Overlong = Overlong.keep
     """Truncated responses: score as they are, leave out of the loss, or penalise (arXiv 2503.14476, 13)."""
     overlong_buffer_tokens: int = number(0, at_least=0, at_most=MAX_TOKENS)

@@ -132,6 +132,7 @@ def _build_engine(config: Config, policy: Policy, stack: ExitStack) -> RolloutEn
         vocab_size=policy.architecture.vocab_size,
         seed=config.seed,
         route_shape=_route_shape(config, policy.architecture),
+        keep_special_tokens=config.reward.keep_special_tokens,
     )
     stack.callback(engine.close)
     return engine

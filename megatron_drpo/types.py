@@ -66,7 +66,7 @@ class Rollout:
     """[R] version of the weights that sampled each token."""
     finish_reason: FinishReason
     text: str
-    """The response decoded, special tokens skipped."""
+    """The response decoded; special tokens skipped unless `reward.keep_special_tokens`."""
     topk_ids: list[list[int]] | None = None
     """[R][K] the engine's K most probable ids at each response token, if the loss asks for them."""
     topk_logprobs: list[list[float]] | None = None

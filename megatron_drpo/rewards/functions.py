@@ -29,6 +29,11 @@ def check_reward(config: RewardConfig) -> list[str]:
 
     Imports the module of a user's function.
     """
+    if config.name == "exact_match" and config.keep_special_tokens:
+        return [
+            "reward.keep_special_tokens=True: reward.name=exact_match compares the whole text, so the token "
+            "that ends a response would make it wrong; that setting is for functions of your own"
+        ]
     if config.name in BUILTIN_REWARDS:
         return []
     try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import reprlib
-import sys
-from numbers import Real
 
 from megatron_drpo.lifetime import die_with_parent
 from megatron_drpo.rewards.functions import load_reward_function
 from megatron_drpo.types import Rollout
 from megatron_drpo.user_code import Failure, call_guarded
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""Rewards are summed and centred in float32: a larger one would be infinite there."""
 
 
 def start(reward_name: str, parent_pid: int) -> None:
@@ -19,11 +20,18 @@ def start(reward_name: str, parent_pid: int) -> None:
 
 
 def score(reward_name: str, rollout: Rollout) -> float | Failure:
-    """The reward of one response, a finite float."""
+    """The reward of one response, a finite float.
+
+    The function may return anything that float() takes, text aside: numbers of Python, NumPy or torch. What
+    counts is the float, for each of those types has infinities of its own.
+    """
     value = call_guarded(lambda: load_reward_function(reward_name)(rollout))
     if isinstance(value, Failure):
         return value
-    largest = sys.float_info.max
-    if not isinstance(value, Real) or not -largest <= value <= largest:
-        return Failure(f"it returned {reprlib.repr(value)}, expected a finite number")
-    return float(value)
+    number = None if isinstance(value, str | bytes | bytearray) else call_guarded(float, value)
+    if isinstance(number, float) and abs(number) <= FLOAT32_MAX:
+        return number
+    shown = call_guarded(reprlib.repr, value)  # of an integer with thousands of digits there is none
+    if isinstance(shown, Failure):
+        shown = f"something of type {type(value).__name__}"
+    return Failure(f"it returned {shown}, expected a finite number")

@@ -61,6 +61,8 @@ class RolloutEngine:
         vocab_size: int,
         seed: int,
         route_shape: RouteShape | None = None,
+        *,
+        keep_special_tokens: bool = False,
     ) -> None:
         """
         Args:
@@ -68,9 +70,11 @@ class RolloutEngine:
             vocab_size: rows of the model's embedding; larger input ids are refused.
             seed: of the run; with step, round, prompt id and sample index it determines each sample's seed.
             route_shape: of the experts that are to be reported with each token; None: none are.
+            keep_special_tokens: in the text of a rollout.
         """
         self._config = config
         self._tokenizer = tokenizer
+        self._skip_special_tokens = not keep_special_tokens
         self._stop_token_ids = sorted({*stop_token_ids, *config.stop_token_ids})
         self._seed = seed
         self._function = None if config.function is None else load_rollout_function(config.function)
@@ -263,7 +267,7 @@ class RolloutEngine:
         return futures
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.batch_decode([token_ids], skip_special_tokens=True)[0]
+        return self._tokenizer.batch_decode([token_ids], skip_special_tokens=self._skip_special_tokens)[0]
 
     def _build_client(self, endpoint: str) -> SGLangClient:
         return SGLangClient(endpoint, timeout_s=self._config.request_timeout_s, api_key=self._config.api_key)

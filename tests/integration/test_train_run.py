@@ -85,6 +85,7 @@ def run_dir(
                 "parallel.expert_parallel_size=2",
                 "reward.name=digit_share:score",
                 "reward.num_workers=1",
+                "reward.keep_special_tokens=true",
                 "algorithm.advantage=uncentred",
                 "optimizer.lr=3e-3",
                 "checkpoint.save_every_steps=1",
@@ -144,6 +145,15 @@ def test_rollouts_tell_versions(run_dir: Path) -> None:
             assert record["policy_versions"] == [[step - 1, record["response_tokens"]]]
             assert record["response_tokens"] <= 6
     assert "<html" in (run_dir / "rollouts" / "index.html").read_text()
+
+
+def test_special_tokens_are_in_the_texts(run_dir: Path, model_path: Path) -> None:
+    special = load_tokenizer(str(model_path)).all_special_tokens
+    lines = [
+        line for path in (run_dir / "rollouts").glob("*.jsonl") for line in path.read_text().splitlines()
+    ]
+    responses = [json.loads(line)["response"] for line in lines]
+    assert any(token in response for token in special for response in responses)
 
 
 def test_what_the_folder_holds(run_dir: Path) -> None:

@@ -26,6 +26,14 @@ def test_builtin_rewards_need_an_answer() -> None:
         assert needs_answer(RewardConfig(name=name))
 
 
+def test_an_exact_match_with_special_tokens_never_is() -> None:
+    (problem,) = check_reward(RewardConfig(name="exact_match", keep_special_tokens=True))
+    assert problem.startswith(
+        "reward.keep_special_tokens=True: reward.name=exact_match compares the whole text"
+    )
+    assert check_reward(RewardConfig(name="math_verify", keep_special_tokens=True)) == []
+
+
 def test_users_function_in_the_current_directory(
     write_module: WriteModule, make_rollout: Callable[..., Rollout]
 ) -> None:

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.timeout(30)]
 
 MIXED = """
 import time
+import numpy
 
 def score(rollout):
     if rollout.text == "hang":
@@ -30,6 +31,10 @@ def score(rollout):
     if rollout.text == "die":
         import os
         os._exit(9)
+    if rollout.text.startswith("float"):
+        return getattr(numpy, rollout.text)("inf")
+    if rollout.text == "huge":
+        return 10**5000
     return float(rollout.text)
 """
 
@@ -63,10 +68,11 @@ def test_rewards_do_not_carry_the_most_probable_ids(
 def test_zero_counts_failures_and_goes_on(make_rollout: MakeRollout, write_module: WriteModule) -> None:
     write_module("pool_mixed", MIXED)
     config = RewardConfig(name="pool_mixed:score", timeout_s=0.5, on_error=OnRewardError.zero)
-    texts = ["1", "hang", "two", "die", "nan", "0.5", "2"]
+    texts = ["1", "hang", "two", "die", "nan", "0.5", "2", "float16", "float32", "huge"]
+    expected = [1.0, 0.0, 0.0, 0.0, 0.0, 0.5, 2.0, 0.0, 0.0, 0.0]
     with RewardPool(config) as pool:
-        assert pool.score([make_rollout(text) for text in texts]) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.5, 2.0]
-        assert (pool.num_errors, pool.num_timeouts) == (3, 1)
+        assert pool.score([make_rollout(text) for text in texts]) == expected
+        assert (pool.num_errors, pool.num_timeouts) == (6, 1)
         assert pool.score([make_rollout("3")]) == [3.0]
 
 
@@ -75,8 +81,9 @@ def test_zero_counts_failures_and_goes_on(make_rollout: MakeRollout, write_modul
     [
         ("hang", "no result within reward.timeout_s=0.5"),
         ("die", "its worker process died with exit code 9"),
-        ("two", "ValueError: could not convert string to float: 'two' .*pool_error.py line 10"),
+        ("two", "ValueError: could not convert string to float: 'two' .*pool_error.py line 15"),
         ("inf", "it returned inf, expected a finite number"),
+        ("float32", r"it returned np.float32\(inf\), expected a finite number"),
     ],
 )
 def test_error_names_the_response_and_what_happened(

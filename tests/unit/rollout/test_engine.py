@@ -52,11 +52,19 @@ def make_engine(tiny_moe: Path) -> Iterator[MakeEngine]:
             seed: int = 0,
             stop_token_ids: tuple[int, ...] = (1,),
             policy_version: int = 0,
+            keep_special_tokens: bool = False,
             **fields: Any,
         ) -> RolloutEngine:
             base = RolloutConfig(num_samples_per_prompt=3, max_response_tokens=20, num_retries=0)
             config = dataclasses.replace(base, **fields)
-            engine = RolloutEngine(config, tokenizer, list(stop_token_ids), 64, seed)
+            engine = RolloutEngine(
+                config,
+                tokenizer,
+                list(stop_token_ids),
+                64,
+                seed,
+                keep_special_tokens=keep_special_tokens,
+            )
             stack.callback(engine.close)
             engine.set_servers(endpoints, policy_version)
             return engine
@@ -128,6 +136,16 @@ def test_most_probable_ids_against_a_float64_softmax(
             assert token not in row_ids or row[row_ids.index(token)] == logprob
     [plain, *_] = engine.generate(make_prompts(1), SamplingPlan(step=0))
     assert plain.rollouts[0].topk_ids is None
+
+
+def test_special_tokens_are_kept_on_demand(endpoints: list[str], make_engine: MakeEngine) -> None:
+    """t0 and t1 are special; responses end with t1."""
+    engine = make_engine(endpoints, keep_special_tokens=True, max_response_tokens=100)
+    groups = engine.generate(make_prompts(6), SamplingPlan(step=0))
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert any(rollout.text.endswith(" t1") for rollout in rollouts)
+    for rollout in rollouts:
+        assert rollout.text.split() == [f"t{i}" for i in rollout.response_ids]
 
 
 SGLANG_ANSWER: dict[str, Any] = {
