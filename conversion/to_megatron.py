@@ -39,6 +39,7 @@ from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.mapping import TensorMap
 from megatron_drpo.models.places import KeyLayout, Places
 from megatron_drpo.models.registry import get_family
+from megatron_drpo.models.tied_head import check_tied_head
 from megatron_drpo.torch_dist import HF_FOLDER, TRACKER_FILE
 
 RELEASE = "release"
@@ -109,8 +110,8 @@ class ToMegatron:
         }
 
     def prepare(self, content: Path) -> None:
-        """The folder of the data files; a tied model's second output matrix must be the embedding."""
-        self._check_tied_copy()
+        """The folder of the data files; a tied output matrix in the source must be the embedding."""
+        check_tied_head(self.folder)
         (content / RELEASE).mkdir(exist_ok=True)
 
     def work(self, unit: Unit, content: Path, count: Callable[[int], None]) -> dict[str, Any]:
@@ -170,26 +171,6 @@ class ToMegatron:
         if self.source.ignored:
             lines.append(("not needed", ", ".join(self.source.ignored[:4])))
         return lines
-
-    def _check_tied_copy(self) -> None:
-        """A tied model's folder may hold the output matrix as well: it is left out, if it is the embedding.
-
-        Raises:
-            ModelError: it is another matrix, so the config is wrong.
-        """
-        copy = "lm_head.weight"
-        if copy not in self.source.ignored:
-            return
-        tensor_map = next(iter(self.mapping))
-        original = tensor_map.hf[0].name
-        if self.folder.info(copy).shape != tensor_map.hf[0].shape or not all(
-            hash_rows(self.source.read_rows(copy, piece.start, piece.stop - piece.start))
-            == hash_rows(self.source.read_rows(original, piece.start, piece.stop - piece.start))
-            for piece in cut(tensor_map, tensor_map.shape[0], itemsize=1)
-        ):
-            raise ModelError(
-                f"{self.folder.path}: config.json says tie_word_embeddings, but {copy!r} is not {original!r}"
-            )
 
     def _describe_options(self) -> dict[str, Any]:
         dtype = self.options.dtype

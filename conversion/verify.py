@@ -31,6 +31,7 @@ from conversion.to_hf import ToHf, ToHfOptions
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.errors import CheckpointError, ConversionError
 from megatron_drpo.hf_io import INDEX_FILE, SINGLE_FILE, HfFolder
+from megatron_drpo.models.tied_head import check_tied_head
 
 LOGIT_TOLERANCE = 1e-3
 _SEQUENCE_LENGTHS = (5, 33, 17)
@@ -89,7 +90,10 @@ def _open_source(checkpoint: ToHf, config_folder: Path | None) -> HfSource | Non
         (config_folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)
     ):
         return None
-    return HfSource(HfFolder(config_folder), checkpoint.mapping, None)
+    folder = HfFolder(config_folder)
+    source = HfSource(folder, checkpoint.mapping, None)
+    check_tied_head(folder)
+    return source
 
 
 def _verify_in_megatron(

@@ -30,6 +30,7 @@ from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.load_megatron import check_megatron_weights
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
+from megatron_drpo.models.tied_head import check_tied_head
 from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.model import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
@@ -248,6 +249,7 @@ def _read_model(model_path: str) -> tuple[ArchitectureConfig, ParameterMapping]:
     shapes = {name: folder.shape(name) for name in folder.keys()}  # noqa: SIM118  not a dict
     mapping = family.mapping(architecture)
     mapping.check_hf(shapes, str(folder.path))
+    check_tied_head(folder)
     return architecture, mapping
 
 

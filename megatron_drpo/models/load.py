@@ -12,6 +12,7 @@ from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.sharded import LocalShard, check_all_sharded, iter_local_shards
+from megatron_drpo.models.tied_head import check_tied_head
 
 
 @torch.no_grad()
@@ -28,9 +29,11 @@ def load_hf_weights(chunks: Sequence[GPTModel], folder: HfFolder, mapping: Param
         mapping: of the folder's family and architecture.
 
     Raises:
-        ModelError: a tensor is missing, unexpected, unused or has another shape; a parameter is not covered.
+        ModelError: a tensor is missing, unexpected, unused or has another shape; a parameter is not covered;
+            a tied output matrix is not the embedding.
     """
     mapping.check_hf({name: folder.shape(name) for name in folder}, str(folder.path))
+    check_tied_head(folder)
     used: set[str] = set()
     shards = list(iter_local_shards(chunks))
     for shard in shards:

@@ -200,7 +200,7 @@ def test_tied_models_with_a_copy_of_the_embedding(hf_model: Callable[[str], Path
     back = to_hf(to_megatron(source, tmp_path / "megatron"), tmp_path / "back")
     assert_same_bits(tensors_of(back), tensors)
     save_file({**tensors, "lm_head.weight": embedding + 1}, source / "model.safetensors")
-    with pytest.raises(ModelError, match=r"'lm_head\.weight' is not 'model\.embed_tokens\.weight'"):
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' .+ is not 'model\.embed_tokens\.weight'"):
         to_megatron(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

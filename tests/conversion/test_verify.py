@@ -87,6 +87,19 @@ def test_another_folder(
     assert "'model.layers.2.mlp.experts.3.up_proj.weight', rows from 0 on: differs from" in output
 
 
+def test_another_folder_with_a_head_of_its_own(
+    run: Run, checkpoint: Callable[[str], Path], hf_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Beside tied embeddings; nothing in the checkpoint corresponds to it."""
+    shutil.copytree(hf_model("qwen2_tied"), tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    status, output = run(checkpoint("qwen2_tied"), "--hf", tmp_path / "hf")
+    assert status == 1
+    assert "'lm_head.weight'" in output
+
+
 def test_a_converted_hf_folder(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     run_conversion(ToHf(checkpoint("moe"), None, ToHfOptions()), tmp_path / "hf", num_workers=1)
     file = tmp_path / "hf" / "model.safetensors"

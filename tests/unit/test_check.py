@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint
+from safetensors.torch import load_file, save_file
 
 from megatron_drpo.check import _check_gpus, check_config, warn_config
 from megatron_drpo.config import (
@@ -23,6 +24,7 @@ from megatron_drpo.config import (
     DataConfig,
     DynamicSamplingConfig,
     FleetConfig,
+    KlConfig,
     LossConfig,
     Mode,
     Overlong,
@@ -107,6 +109,27 @@ def test_a_damaged_model_hides_no_other_problem(
     assert model.startswith("policy.model_path: ")
     assert "model.safetensors" in model
     assert loss.startswith("algorithm.loss.name=none")
+
+
+def test_a_head_of_its_own_beside_tied_embeddings(
+    config: Config, tmp_path: Path, hf_model: Callable[[str], Path]
+) -> None:
+    """Of the policy and of the reference policy."""
+    folder = Path(shutil.copytree(hf_model("dense_tied"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": copy}, folder / "model.safetensors")
+    config.policy = PolicyConfig(model_path=str(folder))
+    assert check_config(config) == []
+    save_file({**tensors, "lm_head.weight": copy + 1}, folder / "model.safetensors")
+    config.algorithm = AlgorithmConfig(kl=KlConfig(coef=0.1, reference_path=str(folder)))
+    (policy,) = check_config(config)
+    assert policy.startswith("policy.model_path: ")
+    assert "'lm_head.weight'" in policy
+    config.policy = PolicyConfig(model_path=str(hf_model("dense_tied")))
+    (reference,) = check_config(config)
+    assert reference.startswith("algorithm.kl.reference_path: ")
+    assert "'lm_head.weight'" in reference
 
 
 def test_a_checkpoint_to_start_from(config: Config, tmp_path: Path) -> None:

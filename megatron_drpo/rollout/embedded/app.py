@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from megatron_drpo.errors import DrpoError, ModelError, WeightSyncError
 from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.models.tied_head import check_tied_head
 from megatron_drpo.rollout.embedded.generator import Generator
 from megatron_drpo.rollout.embedded.protocol import BadRequest, ModelLimits, parse_generate, render_result
 from megatron_drpo.rollout.embedded.weights import WeightStore
@@ -163,7 +164,8 @@ class EmbeddedApp:
             raise BadRequest("model_path and weight_version must be strings")
         folder = HfFolder(path)
         self._store.begin()
-        self._store.stage(((name, folder.get(name)) for name in folder), version)
+        copy = check_tied_head(folder)
+        self._store.stage(((name, folder.get(name)) for name in folder if name != copy), version)
         return await self.end_weight_update(request)
 
     async def weights_checker(self, request: Request) -> Response:

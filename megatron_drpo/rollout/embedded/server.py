@@ -10,6 +10,7 @@ import uvicorn
 from transformers import PreTrainedModel
 
 from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.models.tied_head import check_tied_head
 from megatron_drpo.rollout.embedded.app import EmbeddedApp
 from megatron_drpo.rollout.embedded.generator import Generator
 from megatron_drpo.rollout.embedded.protocol import ModelLimits
@@ -29,8 +30,10 @@ class EmbeddedServer:
         deterministic: bool,
         weight_version: str = "0",
     ) -> None:
+        folder = HfFolder(model_path)
+        check_tied_head(folder)
         model = load_model(model_path, dtype)
-        store = WeightStore(model, HfFolder(model_path).keys(), weight_version)
+        store = WeightStore(model, folder.keys(), weight_version)
         self.generator = Generator(
             ModelRunner(model, num_slots),
             store,

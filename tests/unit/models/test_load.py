@@ -122,14 +122,19 @@ def test_logits_and_misfits(
     narrow = variant(source, tmp_path / "narrow", moe_intermediate_size=16)
     extra = retensor(variant(source, tmp_path / "extra"), lambda t: t.update(bias=torch.zeros(2)))
     lacking = retensor(variant(source, tmp_path / "lacking"), lambda t: t.pop("model.norm.weight"))
+    tied = hf_model("dense_tied")
+    head = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    copy = retensor(variant(tied, tmp_path / "copy"), lambda t: t.update({"lm_head.weight": head.clone()}))
+    other = retensor(variant(tied, tmp_path / "other"), lambda t: t.update({"lm_head.weight": head + 1}))
     misfits = [
+        (other, other),
         (extra, extra),
         (lacking, lacking),
         (narrow, narrow),
         (shallow, source),
         (hf_model("dense"), source),
     ]
-    paths = [hf_model(name) for name in MODELS]
+    paths = [*(hf_model(name) for name in MODELS), copy]
     ((logits, messages),) = run_distributed(run_one_rank, 1, paths, sequences, misfits)
     for path, found in zip(paths, logits, strict=True):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
