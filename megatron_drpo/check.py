@@ -21,7 +21,8 @@ from megatron_drpo.config import (
     RoutingReplay,
     WeightSyncPath,
 )
-from megatron_drpo.data.jsonl import check_prompt_file
+from megatron_drpo.data.prompts import check_prompt_file
+from megatron_drpo.data.tokenizer import load_tokenizer
 from megatron_drpo.errors import CheckpointError, ConfigError, ModelError
 from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
 from megatron_drpo.losses.objective import build_objective
@@ -40,8 +41,12 @@ from megatron_drpo.rollout.launch import choose_first_gpu, starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
 
 
-def check_config(config: Config) -> list[str]:
-    """Problems with files, model, layout, loss and reward, as sentences; empty if the run can start."""
+def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
+    """Problems with files, model, layout, loss and reward, as sentences; empty if the run can start.
+
+    Args:
+        reads_prompts: False leaves out what is in prompt files, where another process has looked at them.
+    """
     problems = check_megatron_overrides(config.policy.megatron_overrides)
     try:
         architecture, mapping = _read_model(config.policy.model_path)
@@ -51,7 +56,8 @@ def check_config(config: Config) -> list[str]:
         problems.append(f"policy.model_path: {error}")
     if config.policy.weights_path is not None:
         problems += _check_weights(config.policy.weights_path, mapping)
-    problems += _check_data(config)
+    if reads_prompts:
+        problems += _check_data(config, architecture)
     if config.train.mode is Mode.rl:
         problems += _check_objective(config, architecture)
         problems += _check_groups(config)
@@ -253,14 +259,26 @@ def _read_model(model_path: str) -> tuple[ArchitectureConfig, ParameterMapping]:
     return architecture, mapping
 
 
-def _check_data(config: Config) -> list[str]:
+def _check_data(config: Config, architecture: ArchitectureConfig | None) -> list[str]:
+    """Of every line of the prompt files; without a model, only what no tokenizer is needed for."""
     is_rl = config.train.mode is Mode.rl
-    wants_answer = is_rl and needs_answer(config.reward)
-    problems = check_prompt_file(
-        config.data.train_path, config.data, config.train.mode, needs_answer=wants_answer
-    )
+    problems: list[str] = []
+    tokenizer = None
+    if architecture is not None:
+        try:
+            tokenizer = load_tokenizer(config.policy.model_path)
+        except ModelError as error:
+            problems.append(f"policy.model_path: {error}")
+    paths = [config.data.train_path]
     if is_rl and config.data.eval_path is not None:
+        paths.append(config.data.eval_path)
+    for path in paths:
         problems += check_prompt_file(
-            config.data.eval_path, config.data, config.train.mode, needs_answer=wants_answer
+            path,
+            config.data,
+            tokenizer,
+            config.train.mode,
+            needs_answer=is_rl and needs_answer(config.reward),
+            vocab_size=None if architecture is None else architecture.vocab_size,
         )
     return problems

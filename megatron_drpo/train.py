@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_drpo.check import check_config, warn_config
@@ -194,14 +195,24 @@ def _build_leader(
     parallel = policy.parallel
     tokenizer = load_tokenizer(config.policy.model_path)
     wants_answer = config.train.mode is Mode.rl and needs_answer(config.reward)
+    vocab_size = policy.architecture.vocab_size
 
     def load(path: str) -> PromptFile:
-        return load_prompts(path, config.data, tokenizer, config.train.mode, needs_answer=wants_answer)
+        loaded = load_prompts(
+            path,
+            config.data,
+            tokenizer,
+            config.train.mode,
+            needs_answer=wants_answer,
+            vocab_size=vocab_size,
+        )
+        if parallel.is_main and loaded.left_out is not None:
+            Console().print(f"[yellow]warning[/] {path}: {escape(loaded.left_out)}")
+        return loaded
 
     train_prompts = load(config.data.train_path).prompts
     source = PromptSource(train_prompts, shuffle=config.data.shuffle, seed=config.seed)
     share = PromptShare(source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size)
-    vocab_size = policy.architecture.vocab_size
     if engine is None:
         eos_token_id = read_stop_token_ids(config.policy.model_path, tokenizer)[0]
         return share, DemonstrationExperience(share, tokenizer, eos_token_id, vocab_size=vocab_size), None
@@ -292,7 +303,8 @@ def main() -> None:
         die_with_parent(int(os.environ[SUPERVISOR_PID]))
     try:
         config = load_config(sys.argv[1:])
-        problems = check_config(config)
+        is_checked = SUPERVISOR_PID in os.environ or RankInfo.from_environment().rank > 0
+        problems = check_config(config, reads_prompts=not is_checked)
         if config.train.mode is Mode.rl and starts_fleet(config):
             problems.append(
                 "rollout.endpoints is empty and there is no rollout.fleet_file: a rank starts no server; "

@@ -7,15 +7,17 @@ demonstration of `train.mode=sft`); every other field is kept as metadata.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_drpo.config import DataConfig, Mode, OnBadLine
+from megatron_drpo.config import Mode
 
-MAX_PROBLEMS_SHOWN = 5
+MAX_DEPTH = 100
+"""Of lists and objects within each other: far below what the parser, pickle and templates bear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,39 +75,11 @@ def describe_bad_line(path: str | Path, line: BadLine) -> str:
     return f"{path} line {line.index + 1}: {line.problem}"
 
 
-def check_prompt_file(
-    path: str | Path, config: DataConfig, mode: Mode, *, needs_answer: bool = False
-) -> list[str]:
-    """Problems of a prompt file in words, one sentence each; empty if the file can be used.
-
-    Needs no tokenizer, so that it can run before anything starts. With `data.on_bad_line=skip` broken lines
-    are no problem as long as one line is good. Arguments as for `read_lines`.
-    """
-    if not Path(path).is_file():
-        return [f"{path}: no such file; expected a JSONL file of prompts"]
-    num_good = 0
-    bad_lines: list[BadLine] = []
-    try:
-        for line in read_lines(path, mode, needs_answer=needs_answer):
-            if isinstance(line, BadLine):
-                bad_lines.append(line)
-            else:
-                num_good += 1
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}"]
-    if num_good == 0 and not bad_lines:
-        return [f"{path}: the file is empty; expected one JSON object per line"]
-    if num_good > 0 and config.on_bad_line is OnBadLine.skip:
-        return []
-    problems = [describe_bad_line(path, line) for line in bad_lines[:MAX_PROBLEMS_SHOWN]]
-    if len(bad_lines) > MAX_PROBLEMS_SHOWN:
-        total = len(bad_lines) + num_good
-        problems.append(f"{path}: {len(bad_lines)} of {total} lines are broken; the first are listed above")
-    return problems
-
-
 def _parse_line(index: int, text: str, mode: Mode, needs_answer: bool) -> PromptLine:
     fields = _parse_object(text)
+    for name, value in fields.items():
+        _check_value(name, name)
+        _check_value(name, value)
     prompt, messages = _take_text(fields, "prompt"), _take_messages(fields)
     if (prompt is None) == (messages is None):
         found = "neither" if prompt is None else "both"
@@ -127,7 +101,9 @@ def _parse_line(index: int, text: str, mode: Mode, needs_answer: bool) -> Prompt
 
 def _parse_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_int=_parse_int, parse_float=_parse_float
+        )
     except json.JSONDecodeError as error:
         found = f"invalid JSON: {error.msg} at column {error.colno}"
         raise _Problem(f"expected a JSON object, found {found}") from None
@@ -140,6 +116,42 @@ def _parse_object(text: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _Problem(f"expected a JSON object, found {name}, which is not JSON")
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python's limit, since the time it takes grows with the square of the digits
+        raise _Problem(f"expected a JSON object, found a number of {len(text)} digits") from None
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    is_zero = not any(digit in "123456789" for digit in text.lower().partition("e")[0])
+    if math.isinf(value) or (value == 0 and not is_zero):
+        shown = text if len(text) <= 30 else f"{text[:30]}..."
+        raise _Problem(f"expected a JSON object, found the number {shown}, which no float can hold")
+    return value
+
+
+def _check_value(name: str, value: object, depth: int = 1) -> None:
+    """Refuse what JSON can write and nothing behind it can work with, wherever it is in a field."""
+    if depth > MAX_DEPTH:
+        raise _Problem("expected a JSON object, found one nested too deeply")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            found = f"\\u{ord(value[error.start]):04x}, one half of a surrogate pair"
+            shown = name.encode(errors="backslashreplace").decode()
+            raise _Problem(f"expected `{shown}` to be text, found {found}") from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_value(name, key, depth)
+            _check_value(name, item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_value(name, item, depth + 1)
 
 
 def _take_text(fields: dict[str, Any], name: str) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
@@ -16,16 +17,30 @@ from megatron_drpo.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_PROBLEMS_SHOWN = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFile:
     """The usable prompts of a file, in its order, and how many lines are not among them."""
 
     prompts: list[Prompt]
-    num_bad_lines: int
+    bad_lines: list[BadLine]
     """Skipped because they are broken (`data.on_bad_line=skip`)."""
     num_long_prompts: int
     """Dropped because they exceed `data.max_prompt_tokens` (`data.on_long_prompt=drop`)."""
+
+    @property
+    def left_out(self) -> str | None:
+        """How many lines are not used and why, in words; None if all are."""
+        parts = []
+        if self.bad_lines:
+            first = self.bad_lines[0]
+            which = f"the first is line {first.index + 1}: {first.problem}"
+            parts.append(f"{len(self.bad_lines)} broken lines are skipped, {which}")
+        if self.num_long_prompts:
+            parts.append(f"{self.num_long_prompts} prompts over data.max_prompt_tokens are dropped")
+        return "; ".join(parts) or None
 
 
 def load_prompts(
@@ -35,6 +50,7 @@ def load_prompts(
     mode: Mode,
     *,
     needs_answer: bool = False,
+    vocab_size: int | None = None,
 ) -> PromptFile:
     """Read, render and tokenise a prompt file.
 
@@ -44,6 +60,7 @@ def load_prompts(
 
     Args:
         needs_answer: whether a line without an `answer` is broken.
+        vocab_size: of the model; a line with a token that it does not have is broken. None: not looked at.
 
     Raises:
         DataError: the file cannot be read or has no usable prompt; a line is broken or a prompt too long,
@@ -53,28 +70,82 @@ def load_prompts(
         lines = list(read_lines(path, mode, needs_answer=needs_answer))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    results = _tokenise([_render(path, line, config, tokenizer) for line in lines], tokenizer)
-    bad_lines = [result for result in results if isinstance(result, BadLine)]
+    rendered = [_render(path, line, config, tokenizer) for line in lines]
+    results = _tokenise(rendered, tokenizer, mode, vocab_size)
+    problems = _find_problems(path, config, results)
+    if problems:
+        if config.on_bad_line is OnBadLine.error and any(isinstance(result, BadLine) for result in results):
+            problems.append("data.on_bad_line=skip skips broken lines")
+        raise DataError("\n".join(problems))
     prompts = [result for result in results if isinstance(result, Prompt)]
-    long_prompts = [prompt for prompt in prompts if len(prompt.token_ids) > config.max_prompt_tokens]
-    if bad_lines and config.on_bad_line is OnBadLine.error:
-        raise DataError(f"{describe_bad_line(path, bad_lines[0])} (data.on_bad_line=skip skips such lines)")
-    if long_prompts and config.on_long_prompt is OnLongPrompt.error:
-        first = long_prompts[0]
-        raise DataError(
-            f"{path} line {first.id + 1}: the prompt has {len(first.token_ids)} tokens, more than "
-            f"data.max_prompt_tokens={config.max_prompt_tokens} (data.on_long_prompt=drop drops such prompts)"
-        )
-    if len(long_prompts) == len(prompts):
-        raise DataError(
+    kept = [prompt for prompt in prompts if not _is_long(prompt, config)]
+    return PromptFile(
+        prompts=kept,
+        bad_lines=[result for result in results if isinstance(result, BadLine)],
+        num_long_prompts=len(prompts) - len(kept),
+    )
+
+
+def check_prompt_file(
+    path: str | Path,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    mode: Mode,
+    *,
+    needs_answer: bool = False,
+    vocab_size: int | None = None,
+) -> list[str]:
+    """Why `load_prompts` would refuse a file, one sentence each; empty if it would not.
+
+    Without a tokenizer prompts are neither rendered nor tokenised: what only that can tell is not told. Other
+    arguments as for `load_prompts`.
+    """
+    if not Path(path).is_file():
+        return [f"{path}: no such file; expected a JSONL file of prompts"]
+    try:
+        lines = list(read_lines(path, mode, needs_answer=needs_answer))
+        if tokenizer is None:
+            return _find_problems(path, config, lines)
+        rendered = [_render(path, line, config, tokenizer) for line in lines]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    except DataError as error:
+        return [str(error)]
+    return _find_problems(path, config, _tokenise(rendered, tokenizer, mode, vocab_size))
+
+
+def _find_problems(
+    path: str | Path, config: DataConfig, results: Sequence[Prompt | PromptLine | BadLine]
+) -> list[str]:
+    """Why a run must not start with these lines, one sentence each."""
+    if not results:
+        return [f"{path}: the file is empty; expected one JSON object per line"]
+    bad_lines = [result for result in results if isinstance(result, BadLine)]
+    long_prompts = [result for result in results if isinstance(result, Prompt) and _is_long(result, config)]
+    names_bad_lines = bool(bad_lines) and config.on_bad_line is OnBadLine.error
+    problems = []
+    if len(bad_lines) + len(long_prompts) == len(results) and not names_bad_lines:
+        problems.append(
             f"{path}: no usable prompt: {len(bad_lines)} lines are broken, {len(long_prompts)} prompts are "
             f"longer than data.max_prompt_tokens={config.max_prompt_tokens}"
         )
-    return PromptFile(
-        prompts=[prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens],
-        num_bad_lines=len(bad_lines),
-        num_long_prompts=len(long_prompts),
-    )
+    if problems or names_bad_lines:
+        problems += [describe_bad_line(path, line) for line in bad_lines[:MAX_PROBLEMS_SHOWN]]
+        if len(bad_lines) > MAX_PROBLEMS_SHOWN:
+            problems.append(
+                f"{path}: {len(bad_lines)} of {len(results)} lines are broken; the first are listed above"
+            )
+    if long_prompts and config.on_long_prompt is OnLongPrompt.error:
+        first = long_prompts[0]
+        problems.append(
+            f"{path} line {first.id + 1}: the prompt has {len(first.token_ids)} tokens, more than "
+            f"data.max_prompt_tokens={config.max_prompt_tokens} (data.on_long_prompt=drop drops such prompts)"
+        )
+    return problems
+
+
+def _is_long(prompt: Prompt, config: DataConfig) -> bool:
+    return len(prompt.token_ids) > config.max_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,37 +172,77 @@ def _render(
     messages = line.messages or [{"role": "user", "content": line.prompt}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        return BadLine(index=line.index, problem=f"expected messages the chat template accepts: {error}")
+    except Exception as error:  # noqa: BLE001  a template is a program, which may raise anything
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        return BadLine(index=line.index, problem=f"expected messages the chat template accepts: {reason}")
     return _Rendered(line, cast(str, text), templated=True)
 
 
 def _tokenise(
-    results: list[_Rendered | BadLine], tokenizer: PreTrainedTokenizerBase
+    results: list[_Rendered | BadLine],
+    tokenizer: PreTrainedTokenizerBase,
+    mode: Mode,
+    vocab_size: int | None,
 ) -> list[Prompt | BadLine]:
-    """Rendered lines to prompts, in at most two calls: chat templates write special tokens themselves."""
-    token_ids: dict[int, list[int]] = {}
+    """Rendered lines to prompts, in a few calls: chat templates write special tokens themselves."""
+    rendered = [result for result in results if isinstance(result, _Rendered)]
+    tokens: dict[int, list[int] | str] = {}
     for templated in (False, True):
-        batch = [r for r in results if isinstance(r, _Rendered) and r.templated is templated]
-        if batch:
-            encoded = tokenizer(
-                [rendered.text for rendered in batch],
-                add_special_tokens=not templated,
-                return_attention_mask=False,
-                verbose=False,  # no warning about long prompts: they are counted
-            )
-            token_ids.update(zip([r.line.index for r in batch], encoded["input_ids"], strict=True))
-    return [_to_prompt(r, token_ids[r.line.index]) if isinstance(r, _Rendered) else r for r in results]
+        batch = [r for r in rendered if r.templated is templated]
+        encoded = _encode([r.text for r in batch], tokenizer, add_special_tokens=not templated)
+        for r, outcome in zip(batch, encoded, strict=True):
+            tokens[r.line.index] = _check_tokens("prompt", outcome, vocab_size)
+    if mode is Mode.sft:
+        encoded = _encode([r.line.response or "" for r in rendered], tokenizer, add_special_tokens=False)
+        for r, outcome in zip(rendered, encoded, strict=True):
+            checked = _check_tokens("response", outcome, vocab_size)
+            if isinstance(checked, str):
+                tokens[r.line.index] = checked
+    return [r if isinstance(r, BadLine) else _to_prompt(r, tokens[r.line.index]) for r in results]
 
 
-def _to_prompt(rendered: _Rendered, token_ids: list[int]) -> Prompt | BadLine:
+def _encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> list[list[int] | str]:
+    """Of each text the token ids, or why there are none."""
+    if not texts:
+        return []
+    options: dict[str, Any] = {
+        "add_special_tokens": add_special_tokens,
+        "return_attention_mask": False,
+        "verbose": False,  # no warning about long prompts: they are counted
+    }
+    try:
+        return tokenizer(texts, **options)["input_ids"]
+    except Exception as error:  # noqa: BLE001  one text is to blame, and the tokenizer does not say which
+        if len(texts) == 1:
+            return [f"{type(error).__name__}: {error}"]
+    outcomes: list[list[int] | str] = []
+    for text in texts:
+        outcomes += _encode([text], tokenizer, add_special_tokens=add_special_tokens)
+    return outcomes
+
+
+def _check_tokens(what: str, encoded: list[int] | str, vocab_size: int | None) -> list[int] | str:
+    """The token ids of a text, or why it cannot be used."""
+    if isinstance(encoded, str):
+        return f"expected a {what} that the tokenizer accepts: {encoded}"
+    if not encoded:
+        return f"expected a {what} of at least one token, found none"
+    if vocab_size is not None and max(encoded) >= vocab_size:
+        found = f"a {what} with the id {max(encoded)}"
+        return f"expected token ids in 0..{vocab_size - 1}, found {found}: the tokenizer is another model's"
+    return encoded
+
+
+def _to_prompt(rendered: _Rendered, tokens: list[int] | str) -> Prompt | BadLine:
     line = rendered.line
-    if not token_ids:
-        return BadLine(index=line.index, problem="expected a prompt of at least one token, found none")
+    if isinstance(tokens, str):
+        return BadLine(index=line.index, problem=tokens)
     return Prompt(
         id=line.index,
         text=rendered.text,
-        token_ids=tuple(token_ids),
+        token_ids=tuple(tokens),
         answer=line.answer,
         response=line.response,
         metadata=line.metadata,

@@ -19,7 +19,7 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file the libraries raise whatever they meet
         raise ModelError(f"{model_path}: no tokenizer can be loaded: {error}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 

@@ -98,6 +98,25 @@ def test_a_users_reward_may_do_without_answers(
     assert check_config(config) == []
 
 
+def test_prompts_are_read_as_the_run_reads_them(config: Config) -> None:
+    """With the model's tokenizer, unless another process does it."""
+    line = '{"messages": [{"role": "user", "content": "1+1="}], "answer": "2"}\n'
+    Path(config.data.train_path).write_text('{"prompt": "1+1=", "answer": "2"}\n' + line)
+    (problem,) = check_config(config)
+    assert problem.startswith(f"{config.data.train_path} line 2: `messages` needs a chat template")
+    assert check_config(config, reads_prompts=False) == []
+
+
+def test_a_damaged_tokenizer(config: Config, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(config.policy.model_path, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text('{"model": 3}')
+    config.policy = PolicyConfig(model_path=str(folder))
+    Path(config.data.train_path).write_text("{\n")
+    model, prompts = check_config(config)
+    assert model.startswith(f"policy.model_path: {folder}: no tokenizer can be loaded: ")
+    assert prompts.startswith(f"{config.data.train_path} line 1: expected a JSON object")
+
+
 def test_a_damaged_model_hides_no_other_problem(
     config: Config, tmp_path: Path, hf_model: Callable[[str], Path]
 ) -> None:

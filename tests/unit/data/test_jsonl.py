@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_drpo.config import DataConfig, Mode, OnBadLine
-from megatron_drpo.data.jsonl import BadLine, PromptLine, check_prompt_file, read_lines
+from megatron_drpo.config import Mode
+from megatron_drpo.data.jsonl import BadLine, PromptLine, read_lines
 
 WriteLines = Callable[..., Path]
 
@@ -59,6 +59,59 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path) -> No
         ),
         ('{"prompt": "a", "x": NaN}', "expected a JSON object, found NaN, which is not JSON"),
         ("[" * 100_000, "expected a JSON object, found one nested too deeply"),
+        (
+            '{"prompt": "a", "x": ' + "[" * 101 + "]" * 101 + "}",
+            "expected a JSON object, found one nested too deeply",
+        ),
+        (
+            '{"prompt": "a", "answer": ' + "7" * 4301 + "}",
+            "expected a JSON object, found a number of 4301 digits",
+        ),
+        (
+            '{"prompt": "a", "x": [{"y": -' + "7" * 4301 + "}]}",
+            "expected a JSON object, found a number of 4302 digits",
+        ),
+        (
+            '{"prompt": "a", "answer": 1e400}',
+            "expected a JSON object, found the number 1e400, which no float can hold",
+        ),
+        (
+            '{"prompt": "a", "x": [-1E+400]}',
+            "expected a JSON object, found the number -1E+400, which no float can hold",
+        ),
+        (
+            '{"prompt": "a", "answer": 1e-400}',
+            "expected a JSON object, found the number 1e-400, which no float can hold",
+        ),
+        (
+            '{"prompt": "a", "answer": ' + "7" * 400 + ".5}",
+            f"expected a JSON object, found the number {'7' * 30}..., which no float can hold",
+        ),
+        ('{"prompt": "a", "answer": Infinity}', "expected a JSON object, found Infinity, which is not JSON"),
+        (
+            '{"prompt": "a", "answer": -Infinity}',
+            "expected a JSON object, found -Infinity, which is not JSON",
+        ),
+        (
+            r'{"prompt": "a \ud83d b"}',
+            r"expected `prompt` to be text, found \ud83d, one half of a surrogate pair",
+        ),
+        (
+            r'{"messages": [{"role": "user", "content": "\ude00\ud83d"}]}',
+            r"expected `messages` to be text, found \ude00, one half of a surrogate pair",
+        ),
+        (
+            r'{"prompt": "a", "answer": "\uDFFF"}',
+            r"expected `answer` to be text, found \udfff, one half of a surrogate pair",
+        ),
+        (
+            r'{"prompt": "a", "x": {"\ud83d": 1}}',
+            r"expected `x` to be text, found \ud83d, one half of a surrogate pair",
+        ),
+        (
+            r'{"prompt": "a", "y\ud83d": 1}',
+            r"expected `y\ud83d` to be text, found \ud83d, one half of a surrogate pair",
+        ),
         (["prompt"], "expected a JSON object, found a list"),
         ('"text"', "expected a JSON object, found text"),
         ({"answer": "2"}, "expected either `prompt` (text) or `messages` (a chat), found neither"),
@@ -86,6 +139,18 @@ def test_what_is_wrong_with_a_line(write_lines: WriteLines, line: object, proble
     assert list(read_lines(write_lines(good, line, good), Mode.rl))[1] == BadLine(index=1, problem=problem)
 
 
+def test_values_at_the_edge_are_kept(write_lines: WriteLines) -> None:
+    path = write_lines(
+        r'{"prompt": "\ud83d\ude00", "x": {"a\\ud83d": 0e999}}',
+        '{"prompt": "a", "answer": ' + "7" * 4300 + "}",
+        '{"prompt": "a", "answer": 1e308, "x": ' + "[" * 99 + "5e-324" + "]" * 99 + "}",
+    )
+    emoji, long, deep = (line for line in read_lines(path, Mode.rl) if isinstance(line, PromptLine))
+    assert (emoji.prompt, emoji.metadata) == ("😀", {"x": {"a\\ud83d": 0.0}})
+    assert long.answer == "7" * 4300
+    assert deep.answer == "1" + "0" * 308
+
+
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}\n{"prompt": "b"}\n')
@@ -103,34 +168,3 @@ def test_what_the_mode_and_the_reward_need(write_lines: WriteLines) -> None:
     complete, no_answer = read_lines(path, Mode.rl, needs_answer=True)
     assert isinstance(complete, PromptLine)
     assert no_answer == BadLine(index=1, problem="expected an `answer` for the reward, found none")
-
-
-def test_check_lists_the_first_problems_and_counts_the_rest(write_lines: WriteLines) -> None:
-    path = write_lines({"prompt": "a"}, *["{"] * 7, {"prompt": "b"})
-    problems = check_prompt_file(path, DataConfig(), Mode.rl)
-    assert len(problems) == 6
-    assert problems[0].startswith(f"{path} line 2: expected a JSON object, found invalid JSON")
-    assert problems[4].startswith(f"{path} line 6: ")
-    assert problems[5] == f"{path}: 7 of 9 lines are broken; the first are listed above"
-    assert check_prompt_file(path, DataConfig(on_bad_line=OnBadLine.skip), Mode.rl) == []
-
-
-def test_check_without_a_single_good_line(write_lines: WriteLines, tmp_path: Path) -> None:
-    skip = DataConfig(on_bad_line=OnBadLine.skip)
-    path = write_lines("{", "3")
-    assert check_prompt_file(path, skip, Mode.rl)[1:] == [
-        f"{path} line 2: expected a JSON object, found a number"
-    ]
-    path = write_lines("", "")
-    assert check_prompt_file(path, skip, Mode.rl) == [
-        f"{path}: the file is empty; expected one JSON object per line"
-    ]
-    path = tmp_path / "absent.jsonl"
-    assert check_prompt_file(path, skip, Mode.rl) == [
-        f"{path}: no such file; expected a JSONL file of prompts"
-    ]
-
-
-def test_check_of_a_good_file(write_lines: WriteLines) -> None:
-    path = write_lines({"prompt": "a", "answer": 1})
-    assert check_prompt_file(str(path), DataConfig(), Mode.rl, needs_answer=True) == []

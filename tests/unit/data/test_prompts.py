@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_drpo.config import DataConfig, Mode, OnBadLine, OnLongPrompt
-from megatron_drpo.data.prompts import load_prompts
+from megatron_drpo.data.prompts import check_prompt_file, load_prompts
 from megatron_drpo.errors import DataError
 
 WriteLines = Callable[..., Path]
@@ -23,7 +23,7 @@ def test_plain_text_gets_the_tokenizers_special_tokens(
     assert first.token_ids == (0, *(tokenizer.get_vocab()[character] for character in "1+1="))
     assert (second.id, second.text, second.response) == (2, "é", "e")
     assert len(second.token_ids) == 1 + len("é".encode())
-    assert (loaded.num_bad_lines, loaded.num_long_prompts) == (0, 0)
+    assert (loaded.bad_lines, loaded.num_long_prompts) == ([], 0)
 
 
 def test_chats_go_through_the_template_once(
@@ -78,7 +78,7 @@ def test_a_chat_the_template_refuses_is_a_broken_line(
         load_prompts(path, DataConfig(), tokenizer, Mode.rl)
     loaded = load_prompts(path, DataConfig(on_bad_line=OnBadLine.skip), tokenizer, Mode.rl)
     assert [prompt.id for prompt in loaded.prompts] == [0]
-    assert loaded.num_bad_lines == 2
+    assert [line.index for line in loaded.bad_lines] == [1, 2]
 
 
 def test_long_prompts_are_dropped_and_counted_or_named(
@@ -88,6 +88,7 @@ def test_long_prompts_are_dropped_and_counted_or_named(
     loaded = load_prompts(path, DataConfig(max_prompt_tokens=100), tokenizer, Mode.rl)
     assert [prompt.id for prompt in loaded.prompts] == [0, 2]
     assert loaded.num_long_prompts == 1
+    assert loaded.left_out == "1 prompts over data.max_prompt_tokens are dropped"
     config = DataConfig(max_prompt_tokens=100, on_long_prompt=OnLongPrompt.error)
     with pytest.raises(
         DataError, match=r"line 2: the prompt has 101 tokens, more than .*max_prompt_tokens=100"
@@ -114,3 +115,125 @@ def test_mode_and_reward_decide_what_is_broken(
         load_prompts(path, DataConfig(), tokenizer, Mode.sft)
     with pytest.raises(DataError, match="line 1: expected an `answer`"):
         load_prompts(path, DataConfig(), tokenizer, Mode.rl, needs_answer=True)
+
+
+ODD_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'divides' %}{{ 1 // 0 }}{% endif %}"
+    "{% if message.role == 'calls' %}{{ message.content() }}{% endif %}"
+    "{% if message.role == 'half' %}{{ '\\ud83d' }}{% endif %}"
+    "{% if message.role != 'silent' %}{{ message.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (
+            {"messages": [{"role": "divides", "content": "a"}]},
+            "expected messages the chat template accepts: ZeroDivisionError: integer division",
+        ),
+        (
+            {"messages": [{"role": "calls", "content": "a"}]},
+            "expected messages the chat template accepts: TypeError: 'str' object is not callable",
+        ),
+        (
+            {"messages": [{"role": "half", "content": "a"}]},
+            "expected a prompt that the tokenizer accepts: TypeError: ",
+        ),
+        (
+            {"messages": [{"role": "silent", "content": "a"}]},
+            "expected a prompt of at least one token, found none",
+        ),
+        ({"prompt": "😀"}, "expected token ids in 0..199, found a prompt with the id "),
+        (
+            '{"prompt": "a\\ud83d"}',
+            "expected `prompt` to be text, found \\ud83d, one half of a surrogate pair",
+        ),
+    ],
+)
+def test_a_line_that_some_layer_cannot_use_is_a_broken_line(
+    write_lines: WriteLines,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    line: object,
+    problem: str,
+) -> None:
+    """In the check as in the run, whichever layer notices."""
+    monkeypatch.setattr(tokenizer, "chat_template", ODD_TEMPLATE)
+    good = {"messages": [{"role": "user", "content": "b"}]}
+    path = write_lines(good, line, {"prompt": "b"})
+    (sentence,) = check_prompt_file(path, DataConfig(), tokenizer, Mode.rl, vocab_size=200)
+    assert sentence.startswith(f"{path} line 2: {problem}")
+    with pytest.raises(DataError) as caught:
+        load_prompts(path, DataConfig(), tokenizer, Mode.rl, vocab_size=200)
+    assert str(caught.value) == f"{sentence}\ndata.on_bad_line=skip skips broken lines"
+    skip = DataConfig(on_bad_line=OnBadLine.skip)
+    assert check_prompt_file(path, skip, tokenizer, Mode.rl, vocab_size=200) == []
+    loaded = load_prompts(path, skip, tokenizer, Mode.rl, vocab_size=200)
+    assert [prompt.id for prompt in loaded.prompts] == [0, 2]
+    assert loaded.left_out is not None
+    assert loaded.left_out.startswith(f"1 broken lines are skipped, the first is line 2: {problem}")
+
+
+def test_demonstrations_are_tokenised_too(
+    write_lines: WriteLines, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_lines({"prompt": "a", "response": "b"}, {"prompt": "a", "response": "~"})
+    problem = "expected token ids in 0..92, found a response with the id 94: the tokenizer is another model's"
+    assert check_prompt_file(path, DataConfig(), tokenizer, Mode.sft, vocab_size=93) == [
+        f"{path} line 2: {problem}"
+    ]
+    assert check_prompt_file(path, DataConfig(), tokenizer, Mode.rl, vocab_size=93) == []
+
+
+def test_check_lists_the_first_problems_and_counts_the_rest(write_lines: WriteLines) -> None:
+    path = write_lines({"prompt": "a"}, *["{"] * 7, {"prompt": "b"})
+    problems = check_prompt_file(path, DataConfig(), None, Mode.rl)
+    assert len(problems) == 6
+    assert problems[0].startswith(f"{path} line 2: expected a JSON object, found invalid JSON")
+    assert problems[4].startswith(f"{path} line 6: ")
+    assert problems[5] == f"{path}: 7 of 9 lines are broken; the first are listed above"
+    assert check_prompt_file(path, DataConfig(on_bad_line=OnBadLine.skip), None, Mode.rl) == []
+
+
+def test_check_without_a_single_good_line(
+    write_lines: WriteLines, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    skip = DataConfig(on_bad_line=OnBadLine.skip, max_prompt_tokens=3)
+    path = write_lines("{", "3", {"prompt": "too long"})
+    no_prompt, _, number = check_prompt_file(path, skip, tokenizer, Mode.rl)
+    assert no_prompt == (
+        f"{path}: no usable prompt: 2 lines are broken, 1 prompts are longer than data.max_prompt_tokens=3"
+    )
+    assert number == f"{path} line 2: expected a JSON object, found a number"
+    assert check_prompt_file(path, skip, None, Mode.rl) == []  # it takes a tokenizer to count
+    path = write_lines("", "")
+    assert check_prompt_file(path, skip, tokenizer, Mode.rl) == [
+        f"{path}: the file is empty; expected one JSON object per line"
+    ]
+    path = tmp_path / "absent.jsonl"
+    assert check_prompt_file(path, skip, tokenizer, Mode.rl) == [
+        f"{path}: no such file; expected a JSONL file of prompts"
+    ]
+
+
+def test_check_of_a_good_file(write_lines: WriteLines, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_lines({"prompt": "a", "answer": 1})
+    for known in (tokenizer, None):
+        assert check_prompt_file(str(path), DataConfig(), known, Mode.rl, needs_answer=True) == []
+    assert load_prompts(path, DataConfig(), tokenizer, Mode.rl).left_out is None
+
+
+def test_check_says_what_the_run_would(
+    write_lines: WriteLines, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of long prompts and of a tokenizer without chat template."""
+    path = write_lines({"prompt": "x"}, {"prompt": "xyz"}, {"messages": [{"role": "user", "content": "a"}]})
+    config = DataConfig(max_prompt_tokens=3, on_long_prompt=OnLongPrompt.error)
+    (problem,) = check_prompt_file(path, config, tokenizer, Mode.rl)
+    assert problem.startswith(f"{path} line 2: the prompt has 4 tokens, more than data.max_prompt_tokens=3")
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    (problem,) = check_prompt_file(path, config, tokenizer, Mode.rl)
+    assert problem.startswith(f"{path} line 3: `messages` needs a chat template")
