@@ -149,6 +149,7 @@ def _route_shape(config: Config, architecture: ArchitectureConfig) -> RouteShape
         num_layers=architecture.num_layers,
         num_experts=moe.num_experts,
         num_experts_per_token=moe.num_experts_per_token,
+        on_bad=config.policy.on_bad_routes,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.answer import Answer, shorten
 
 T = TypeVar("T")
 _KEEPALIVE_S = 2.0
@@ -120,7 +121,10 @@ class SGLangClient:
             fields["return_routed_experts"] = True
         answer = await self._request("POST", "/generate", json=fields)
         if not isinstance(answer, list) or len(answer) != len(requests):
-            raise RolloutError(f"{self.endpoint}/generate: expected a list of {len(requests)} responses")
+            raise RolloutError(
+                f"{self.endpoint}/generate: the answer is {shorten(answer)}; expected a list of "
+                f"{len(requests)} responses"
+            )
         return answer
 
     # ------------------------------------------------------------------------------ information
@@ -148,12 +152,12 @@ class SGLangClient:
 
     async def weight_version(self) -> str:
         """The version of the weights the server has now."""
-        info = await self._request("GET", "/model_info")
-        return str(answer_field(info, "weight_version", f"{self.endpoint}/model_info"))
+        info = Answer(await self._request("GET", "/model_info"), f"{self.endpoint}/model_info")
+        return info.get("weight_version", str)
 
     async def server_info(self) -> dict[str, Any]:
         """The server's start-up arguments, `tp_size` among them."""
-        return await self._request("GET", "/server_info")
+        return Answer(await self._request("GET", "/server_info"), f"{self.endpoint}/server_info").fields
 
     async def load(self) -> ServerLoad | None:
         """How busy the server is, over all its schedulers; None: it does not tell, as the embedded server.
@@ -167,11 +171,10 @@ class SGLangClient:
             raise
         except RolloutError:  # 404
             return None
-        loads = answer_field(answer, "loads", where)
-        num_running, num_queued, tokens_per_s = (
-            sum(answer_field(load, name, where) for load in loads)
-            for name in ("num_running_reqs", "num_waiting_reqs", "gen_throughput")
-        )
+        loads = [*Answer(answer, where).objects("loads")]
+        num_running = sum(load.get("num_running_reqs", int) for load in loads)
+        num_queued = sum(load.get("num_waiting_reqs", int) for load in loads)
+        tokens_per_s = sum(load.get("gen_throughput", float) for load in loads)
         return ServerLoad(
             num_running=num_running,
             num_queued=num_queued,
@@ -235,19 +238,14 @@ class ServerFailureError(RetryableError):
     """The server answered with an internal error (5xx)."""
 
 
-def answer_field(answer: Any, key: str, where: str) -> Any:
-    """A field of a server's JSON answer; RolloutError if it is missing."""
-    if not isinstance(answer, dict) or key not in answer:
-        raise RolloutError(f"{where}: the answer has no {key!r}")
-    return answer[key]
-
-
 def _reason(response: httpx.Response) -> str:
     """What the server gave as its reason; the first line of the body if it is not of the usual form."""
     try:
         body = response.json()
     except ValueError:
-        return (response.text.strip().splitlines() or ["(no body)"])[0][:500]
-    error = body.get("error", body) if isinstance(body, dict) else body
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return str(message).splitlines()[0][:500]
+        message = response.text
+    else:
+        error = body.get("error", body) if isinstance(body, dict) else body
+        message = error.get("message", error) if isinstance(error, dict) else error
+    lines = str(message or "").strip().splitlines() or ["(no reason given)"]
+    return lines[0][:500]

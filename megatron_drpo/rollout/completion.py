@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_drpo.config import OnBadRoutes
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.sequences import MAX_LOGPROB
+from megatron_drpo.rollout.answer import Answer, shorten
+from megatron_drpo.rollout.client import SampleRequest
+from megatron_drpo.sequences import MAX_LOGPROB, MAX_MASS
 from megatron_drpo.types import FinishReason
 
 if TYPE_CHECKING:
@@ -31,11 +34,10 @@ class Completion:
     policy_versions: list[int]
     finish_reason: FinishReason
     topk_ids: list[list[int]] | None = None
-    """The most probable ids, if they were asked for; their values are checked with the whole step's."""
+    """The most probable ids, if they were asked for."""
     topk_logprobs: list[list[float]] | None = None
     routes: Routes | None = None
-    """[L-1, M, K] of the whole context and the response, if they were asked for; the ids are checked with the
-    whole step's."""
+    """[L-1, M, K] of the whole context and the response, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class RouteShape:
     num_layers: int
     num_experts: int
     num_experts_per_token: int
+    on_bad: OnBadRoutes = OnBadRoutes.error
+    """fallback: routes that cannot be right are as if there were none."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,9 +61,15 @@ class WrongVersionError(RolloutError):
     """A server sampled with weights that it should not have: its tokens must not be used."""
 
 
+_MIN_LOGPROB = torch.finfo(torch.float32).min
+"""What SGLang reports where a probability underflows."""
+_MAX_VERSION_DIGITS = 18
+
+
 def parse_completion(
     response: Any,
     *,
+    request: SampleRequest,
     oldest_version: int,
     newest_version: int,
     where: str,
@@ -67,9 +77,10 @@ def parse_completion(
     num_topk: int = 0,
     route_shape: RouteShape | None = None,
 ) -> Completion:
-    """Check one response.
+    """Check one response, field by field.
 
     Args:
+        request: what it answers.
         oldest_version: the policy version that the request was sent for; no token may be older.
         newest_version: no server may be ahead of it.
         where: server and request, for messages.
@@ -79,103 +90,195 @@ def parse_completion(
 
     Raises:
         WrongVersionError: a token of an older, newer or unknown version.
-        RolloutError: fields that are missing, lengths that disagree, an id outside the vocabulary, a logprob
-            that is not finite or is positive.
+        RolloutError: a field that is missing, malformed or cannot be true: the answer to another request,
+            more tokens than were asked for, tokens behind a stop id, lengths that disagree, an id outside the
+            vocabulary, a logprob that is not finite or is positive. Names the field and its value.
     """
-    try:
-        meta = response["meta_info"]
-        token_ids = [int(entry[1]) for entry in meta["output_token_logprobs"]]
-        logprobs = [float(entry[0]) for entry in meta["output_token_logprobs"]]
-        lengths = {len(token_ids), int(meta["completion_tokens"]), len(response["output_ids"])}
-        finish_reason = FinishReason(meta["finish_reason"]["type"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise RolloutError(f"{where}: malformed response: {type(error).__name__}: {error}") from error
-    if len(lengths) != 1 or response["output_ids"] != token_ids:
-        raise RolloutError(
-            f"{where}: {len(response['output_ids'])} output_ids, {len(token_ids)} output_token_logprobs and "
-            f"completion_tokens={meta['completion_tokens']} disagree"
-        )
-    for index, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
-        if not 0 <= token_id < vocab_size:
-            raise RolloutError(
-                f"{where}: response token {index} is the id {token_id}, which is not in 0..{vocab_size - 1}: "
-                "the server has another model"
-            )
-        if not math.isfinite(logprob) or logprob > MAX_LOGPROB:
-            raise RolloutError(f"{where}: the logprob of response token {index} is {logprob}")
-    versions = _policy_versions(meta, len(token_ids), (oldest_version, newest_version), where)
-    topk = _topk(meta, len(token_ids), num_topk, where) if num_topk else (None, None)
-    routes = None if route_shape is None else _routes(meta, route_shape, where)
-    return Completion(token_ids, logprobs, versions, finish_reason, *topk, routes)
+    answer = Answer(response, where)
+    meta = answer.nested("meta_info")
+    token_ids = answer.get("output_ids", list)
+    _check_request(meta, request)
+    for index, token_id in enumerate(token_ids):
+        if not _is_id(token_id, vocab_size):
+            expected = f"an id in 0..{vocab_size - 1}: the server has another model"
+            raise answer.lie(f"output_ids[{index}]", token_id, expected)
+    completion = Completion(
+        token_ids,
+        _logprobs(meta, token_ids),
+        _policy_versions(meta, len(token_ids), (oldest_version, newest_version)),
+        _finish_reason(answer, meta, token_ids, request),
+        *(_topk(meta, len(token_ids), num_topk, vocab_size) if num_topk else (None, None)),
+        None if route_shape is None else _routes(meta, route_shape, len(request.token_ids) + len(token_ids)),
+    )
+    if meta.get("completion_tokens", int) != len(token_ids):
+        raise meta.lie("completion_tokens", meta.raw("completion_tokens"), f"{len(token_ids)}, as output_ids")
+    return completion
 
 
-def _routes(meta: dict[str, Any], shape: RouteShape, where: str) -> Routes | None:
-    """From base64 of int32 [L-1, layers, K]; None if the server says nothing.
+def _is_id(value: object, vocab_size: int) -> bool:
+    return type(value) is int and 0 <= value < vocab_size
 
-    Raises:
-        RolloutError: not of this form: the server has another model.
+
+def _is_logprob(value: Any) -> bool:
+    return type(value) in (int, float) and _MIN_LOGPROB <= value <= MAX_LOGPROB
+
+
+def _check_request(meta: Answer, request: SampleRequest) -> None:
+    """It is the answer to this request, and of the whole prompt; SGLang says neither of what never ran."""
+    rid, prompt_tokens = meta.find("id", str), meta.find("prompt_tokens", int)
+    if rid not in (None, request.rid):
+        raise meta.lie("id", rid, f"{request.rid!r}: the answers are in another order than the requests")
+    if prompt_tokens not in (None, len(request.token_ids)):
+        raise meta.lie("prompt_tokens", prompt_tokens, f"{len(request.token_ids)}, as were sent")
+
+
+def _finish_reason(
+    answer: Answer, meta: Answer, token_ids: list[int], request: SampleRequest
+) -> FinishReason:
+    """Why it ended; whether the tokens agree. Those of an abort may be too many: an aborted request takes all
+    that its last step brings, several with speculative decoding, unchecked (`Sample.add` cuts them off).
+
+    Source: sglang 0.5.23, srt/managers/schedule_batch.py, Req.update_finish_state.
     """
-    encoded = meta.get("routed_experts")
-    if encoded is None:
-        return None
-    size = (shape.num_layers, shape.num_experts_per_token)
-    try:
-        values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32)
-        rows = values.view(-1, *size)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RolloutError(
-            f"{where}: routed_experts are not int32 [_, {size[0]}, {size[1]}]: {error}"
-        ) from error
-    chosen = rows[:, list(shape.moe_layers)]
-    if ((chosen < 0) | (chosen >= shape.num_experts)).any():
-        return chosen.to(torch.int16)  # the check of the whole step names the token
-    return chosen.to(shape.dtype)
+    reason = meta.nested("finish_reason")
+    kind, matched = reason.get("type", str), reason.raw("matched")
+    if kind not in FinishReason.__members__:
+        raise reason.lie("type", kind, ", ".join(FinishReason))
+    if kind == FinishReason.abort:
+        return FinishReason.abort
+    if not token_ids:
+        raise answer.lie("output_ids", token_ids, f"tokens, as the finish reason is {kind!r}")
+    limit = request.sampling_params["max_new_tokens"]
+    if len(token_ids) > limit:
+        raise answer.lie("output_ids", token_ids, f"{limit} tokens at most, got {len(token_ids)}")
+    stops = set(request.sampling_params.get("stop_token_ids", ()))
+    position = next((i for i, token in enumerate(token_ids[:-1]) if token in stops), None)
+    if position is not None:
+        raise answer.lie(f"output_ids[{position}]", token_ids[position], "no token behind that stop id")
+    # SGLang puts a stop id in the place of a token whose logits were NaN, and says so here.
+    if kind == FinishReason.stop and (
+        type(matched) is str or (type(matched) is int and matched != token_ids[-1])
+    ):
+        raise reason.lie("matched", matched, f"the last token, {token_ids[-1]}")
+    return FinishReason(kind)
+
+
+def _logprobs(meta: Answer, token_ids: list[int]) -> list[float]:
+    """Of the sampled tokens, from [logprob, id, text] of each."""
+    entries = meta.get("output_token_logprobs", list)
+    if len(entries) != len(token_ids):
+        expected = f"one entry for each of the {len(token_ids)} output_ids, got {len(entries)}"
+        raise meta.lie("output_token_logprobs", entries, expected)
+    for index, (entry, token_id) in enumerate(zip(entries, token_ids, strict=True)):
+        field = f"output_token_logprobs[{index}]"
+        if type(entry) is not list or len(entry) < 2:
+            raise meta.lie(field, entry, "[logprob, id, text]")
+        if not _is_logprob(entry[0]):
+            raise meta.lie(f"{field}[0]", entry[0], f"a finite logprob of at most {MAX_LOGPROB:g}")
+        if type(entry[1]) is not int or entry[1] != token_id:
+            raise meta.lie(f"{field}[1]", entry[1], f"{token_id}, as output_ids[{index}]")
+    return [float(entry[0]) for entry in entries]
 
 
 def _topk(
-    meta: dict[str, Any], num_tokens: int, num_topk: int, where: str
+    meta: Answer, num_tokens: int, num_topk: int, vocab_size: int
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and logprobs, [tokens][num_topk] each, from rows of [logprob, id, text]."""
-    rows = meta.get("output_top_logprobs") or []
-    try:
-        ids = [[int(entry[1]) for entry in row] for row in rows]
-        logprobs = [[float(entry[0]) for entry in row] for row in rows]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise RolloutError(
-            f"{where}: malformed output_top_logprobs: {type(error).__name__}: {error}"
-        ) from error
-    if len(ids) != num_tokens:
-        raise RolloutError(
-            f"{where}: output_top_logprobs are of {len(ids)} tokens, the response has {num_tokens}; the "
-            f"request asked for top_logprobs_num={num_topk}"
+    rows = meta.find("output_top_logprobs", list) or []
+    if len(rows) != num_tokens:
+        expected = f"a row for each of the {num_tokens} tokens, got {len(rows)}"
+        raise meta.lie(
+            "output_top_logprobs", rows, f"{expected}; the request has top_logprobs_num={num_topk}"
         )
-    for index, row in enumerate(ids):
-        if len(row) != num_topk:
-            raise RolloutError(
-                f"{where}: output_top_logprobs of response token {index} has {len(row)} ids; the request "
-                f"asked for top_logprobs_num={num_topk}"
-            )
-    return ids, logprobs
+    for index, row in enumerate(rows):
+        if (problem := _topk_problem(row, num_topk, vocab_size)) is not None:
+            raise meta.lie(f"output_top_logprobs[{index}]", row, problem)
+    ids = [[entry[1] for entry in row] for row in rows]
+    return ids, [[float(entry[0]) for entry in row] for row in rows]
 
 
-def _policy_versions(
-    meta: dict[str, Any], num_tokens: int, allowed: tuple[int, int], where: str
-) -> list[int]:
+def _topk_problem(row: Any, num_topk: int, vocab_size: int) -> str | None:
+    """What a row should be, if it is not."""
+    if type(row) is not list or len(row) != num_topk:
+        return f"{num_topk} entries, as the request has top_logprobs_num={num_topk}"
+    for entry in row:
+        if type(entry) is not list or len(entry) < 2:
+            return "entries [logprob, id, text]"
+        if not _is_logprob(entry[0]):
+            return f"finite logprobs of at most {MAX_LOGPROB:g}"
+        if not _is_id(entry[1], vocab_size):
+            return f"ids in 0..{vocab_size - 1}"
+    if len({entry[1] for entry in row}) < num_topk:
+        return "distinct ids"
+    if sum(math.exp(entry[0]) for entry in row) > MAX_MASS:
+        return "probabilities that add up to at most 1"
+    return None
+
+
+def _routes(meta: Answer, shape: RouteShape, num_tokens: int) -> Routes | None:
+    """From base64 of int32 [L-1, layers, K], L being `num_tokens`; None if the server says nothing, or
+    nothing of use and `shape.on_bad` is fallback."""
+    encoded = meta.raw("routed_experts")
+    if encoded is None:
+        return None
+    try:
+        values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32)
+        rows = values.view(-1, shape.num_layers, shape.num_experts_per_token)[:, list(shape.moe_layers)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        rows, form = None, f"[_, {shape.num_layers}, {shape.num_experts_per_token}]"
+        problem = f"base64 of int32 {form}: {error}"
+    else:
+        problem = _route_problem(rows, shape, num_tokens - 1)
+    if rows is not None and problem is None:
+        return rows.to(shape.dtype)
+    if shape.on_bad is OnBadRoutes.fallback:
+        return None
+    hint = "policy.on_bad_routes=fallback lets the router choose for such a response"
+    raise meta.lie("routed_experts", encoded, f"{problem}. {hint}")
+
+
+def _route_problem(rows: Routes, shape: RouteShape, num_rows: int) -> str | None:
+    """What they should be, if they are not."""
+    if len(rows) != num_rows:
+        return f"routes of {num_rows} tokens, all but the last one, got {len(rows)}"
+    is_bad = ((rows < 0) | (rows >= shape.num_experts)).any(2)
+    is_bad |= (rows.sort(2).values.diff(dim=2) == 0).any(2)
+    if not is_bad.any():
+        return None
+    token, layer = is_bad.nonzero()[0].tolist()
+    return (
+        f"distinct experts of 0..{shape.num_experts - 1}, got {rows[token, layer].tolist()} of token {token} "
+        f"in mixture-of-experts layer {layer}"
+    )
+
+
+def _policy_versions(meta: Answer, num_tokens: int, allowed: tuple[int, int]) -> list[int]:
     """Per token, from the spans of versions if there are any, else from the one version."""
-    spans = meta.get("weight_versions") or [
-        {"version": meta.get("weight_version"), "start": 0, "end": num_tokens}
-    ]
+    if not meta.find("weight_versions", list):
+        return [_version(meta, "weight_version", allowed)] * num_tokens
     versions: list[int] = []
-    for span in spans:
-        version = str(span["version"])
-        if not version.isdecimal() or not allowed[0] <= int(version) <= allowed[1]:
-            raise WrongVersionError(
-                f"{where}: weight version {span['version']!r}; the request is for versions "
-                f"{allowed[0]}..{allowed[1]}, and no other token is used"
-            )
-        if span["start"] != len(versions):
-            break
-        versions += [int(version)] * (span["end"] - span["start"])
+    for span in meta.objects("weight_versions"):
+        version = _version(span, "version", allowed)
+        start, end = span.get("start", int), span.get("end", int)
+        if start != len(versions):
+            raise span.lie("start", start, f"{len(versions)}, where the span before it ends")
+        if not start <= end <= num_tokens:
+            raise span.lie("end", end, f"a position in {start}..{num_tokens}")
+        versions += [version] * (end - start)
     if len(versions) != num_tokens:
-        raise RolloutError(f"{where}: the version spans {spans} do not cover the {num_tokens} tokens")
+        spans = meta.raw("weight_versions")
+        raise meta.lie("weight_versions", spans, f"spans that cover the {num_tokens} tokens")
     return versions
+
+
+def _version(fields: Answer, key: str, allowed: tuple[int, int]) -> int:
+    """SGLang's versions are texts; ours are numbers."""
+    value = fields.raw(key)
+    text = str(value) if type(value) is int else value
+    is_number = type(text) is str and text.isascii() and text.isdecimal() and len(text) <= _MAX_VERSION_DIGITS
+    if not is_number or not allowed[0] <= int(text) <= allowed[1]:
+        raise WrongVersionError(
+            f"{fields.where}: {fields.name(key)}: weight version {shorten(value)}; the request is for "
+            f"versions {allowed[0]}..{allowed[1]}, and no other token is used"
+        )
+    return int(text)

@@ -112,6 +112,7 @@ class Sampler:
             completions.append(
                 parse_completion(
                     response,
+                    request=request,
                     oldest_version=version,
                     # A server has new weights a moment before this replica hears of it.
                     newest_version=self.policy_version + 1,

@@ -13,7 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_drpo.errors import RolloutError, WeightSyncError
-from megatron_drpo.rollout.client import SGLangClient, answer_field
+from megatron_drpo.rollout.answer import Answer, shorten
+from megatron_drpo.rollout.client import SGLangClient
 
 EMBEDDED = "embedded"
 """The `frontend` that this project's own server reports; SGLang's is `python`."""
@@ -61,12 +62,13 @@ class WeightClient(SGLangClient):
     @staticmethod
     def parse_info(info: Mapping[str, Any], endpoint: str) -> ServerInfo:
         """What a weight update must know of an answer of /server_info."""
+        answer = Answer(info, f"{endpoint}/server_info")
         return ServerInfo(
-            frontend=str(info.get("frontend", "python")),
-            version=str(info.get("version", "unknown")),
-            tp_size=int(answer_field(info, "tp_size", f"{endpoint}/server_info")),
-            device=str(info.get("device", "cpu")),
-            dtype=str(info.get("dtype", "auto")),
+            frontend=answer.find("frontend", str) or "python",
+            version=answer.find("version", str) or "unknown",
+            tp_size=answer.get("tp_size", int),
+            device=answer.find("device", str) or "cpu",
+            dtype=answer.find("dtype", str) or "auto",
             arguments=info,
         )
 
@@ -170,7 +172,7 @@ class WeightClient(SGLangClient):
         where = f"{self.endpoint}/weights_checker"
         answer = await self._post("/weights_checker", {"action": "checksum"})
         _check_success(answer, where)
-        return [dict(answer_field(rank, "checksums", where)) for rank in answer_field(answer, "ranks", where)]
+        return [rank.get("checksums", dict) for rank in Answer(answer, where).objects("ranks")]
 
     async def flush_cache(self, timeout_s: float) -> None:
         """Wait until nothing is generated any more, then empty the cache."""
@@ -199,4 +201,4 @@ class WeightClient(SGLangClient):
 
 def _check_success(answer: Any, where: str) -> None:
     if not isinstance(answer, dict) or not answer.get("success"):
-        raise WeightSyncError(f"{where}: refused: {answer}")
+        raise WeightSyncError(f"{where}: refused: {shorten(answer)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from megatron_drpo.config import OnBadRoutes
 from megatron_drpo.errors import DataError, RolloutError
 from megatron_drpo.packing import pack
+from megatron_drpo.rollout.client import SampleRequest
 from megatron_drpo.rollout.completion import RouteShape, parse_completion
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.sequences import build_sequences
@@ -84,7 +86,11 @@ def test_routes_are_packed_where_their_tokens_are() -> None:
 SHAPE = RouteShape(moe_layers=(0, 2), num_layers=3, num_experts=4, num_experts_per_token=2)
 
 
+REQUEST = SampleRequest(rid="r", token_ids=(8, 9), sampling_params={"max_new_tokens": 1})
+
+
 def parse(encoded: str | None, shape: RouteShape = SHAPE) -> Any:
+    """The routes of an answer of one token to a prompt of two."""
     meta = {
         "completion_tokens": 1,
         "finish_reason": {"type": "stop"},
@@ -94,7 +100,13 @@ def parse(encoded: str | None, shape: RouteShape = SHAPE) -> Any:
     }
     response = {"output_ids": [5], "meta_info": meta}
     return parse_completion(
-        response, oldest_version=0, newest_version=0, where="here", vocab_size=10, route_shape=shape
+        response,
+        request=REQUEST,
+        oldest_version=0,
+        newest_version=0,
+        where="here",
+        vocab_size=10,
+        route_shape=shape,
     ).routes
 
 
@@ -110,10 +122,29 @@ def test_a_server_tells_all_layers_and_those_with_experts_are_kept() -> None:
     assert parse(None) is None
     wide = RouteShape(moe_layers=(0, 2), num_layers=3, num_experts=300, num_experts_per_token=2)
     assert parse(encode(values + 256), wide).tolist() == [[[256, 257], [258, 259]], [[259, 258], [257, 256]]]
-    assert parse(encode(values - 4)).min() < 0, "a wrong id does not become a right one"
 
 
-@pytest.mark.parametrize("encoded", ["", "AAAA", encode(torch.zeros(5))])
-def test_another_form_is_refused(encoded: str) -> None:
-    with pytest.raises(RolloutError, match=r"^here: routed_experts are not int32 \[_, 3, 2\]"):
+GOOD = torch.tensor([[[0, 1], [9, 9], [2, 3]], [[3, 2], [9, 9], [1, 0]]])
+
+
+@pytest.mark.parametrize(
+    ("encoded", "expected"),
+    [
+        ("", r"is ''; expected base64 of int32 \[_, 3, 2\]"),
+        ("AAAA", r"is 'AAAA'; expected base64 of int32 \[_, 3, 2\]"),
+        (encode(torch.zeros(5)), r"is 'A+='; expected base64 of int32 \[_, 3, 2\]"),
+        (7, "is 7; expected base64 of int32"),
+        (encode(GOOD[:1]), "expected routes of 2 tokens, all but the last one, got 1"),
+        (encode(GOOD[[0, 1, 1]]), "expected routes of 2 tokens, all but the last one, got 3"),
+        (
+            encode(GOOD - 4),
+            r"expected distinct experts of 0\.\.3, got \[-4, -3\] of token 0 in mixture-of-experts ",
+        ),
+        (encode(GOOD + 256), r"got \[256, 257\] of token 0 in mixture-of-experts layer 0"),
+        (encode(GOOD // 2), r"got \[0, 0\] of token 0 in mixture-of-experts layer 0"),
+    ],
+)
+def test_routes_that_cannot_be_are_refused_or_as_none(encoded: Any, expected: str) -> None:
+    with pytest.raises(RolloutError, match=rf"^here: meta_info\.routed_experts .*{expected}"):
         parse(encoded)
+    assert parse(encoded, replace(SHAPE, on_bad=OnBadRoutes.fallback)) is None

@@ -113,7 +113,7 @@ def test_most_probable_ids_are_asked_for_once_for_all_samples(server: FakeServer
     ("answer", "kind", "reason"),
     [
         (PlainTextResponse("first line\nsecond line", 500), ServerFailureError, "HTTP 500: first line"),
-        (PlainTextResponse("", 503), ServerFailureError, r"HTTP 503: \(no body\)"),
+        (PlainTextResponse("", 503), ServerFailureError, r"HTTP 503: \(no reason given\)"),
     ],
 )
 def test_5xx_may_be_tried_elsewhere(
@@ -189,6 +189,42 @@ def test_information_that_is_missing_is_an_error(server: FakeServer) -> None:
     server.answers = [JSONResponse({})]
     with pytest.raises(RolloutError, match=r"/model_info: the answer has no 'weight_version'"):
         call(server.endpoint, lambda client: client.weight_version())
+
+
+@pytest.mark.parametrize(
+    ("answer", "ask", "problem"),
+    [
+        ([], SGLangClient.weight_version, "/model_info: the answer is []; expected an object"),
+        (
+            {"weight_version": 5},
+            SGLangClient.weight_version,
+            "/model_info: weight_version is 5; expected a string",
+        ),
+        ([1], SGLangClient.server_info, "/server_info: the answer is [1]; expected an object"),
+        ({"loads": 3}, SGLangClient.load, "/v1/loads: loads is 3; expected a list"),
+        ({"loads": [3]}, SGLangClient.load, "/v1/loads: loads[0] is 3; expected an object"),
+        (
+            {"loads": [{"num_running_reqs": "1"}]},
+            SGLangClient.load,
+            "/v1/loads: loads[0].num_running_reqs is '1'; expected an integer",
+        ),
+        ({"no": "list"}, generate, "/generate: the answer is {'no': 'list'}; expected a list of 2 responses"),
+    ],
+)
+def test_information_of_another_kind_is_an_error(
+    server: FakeServer, answer: Any, ask: Callable[[SGLangClient], Awaitable[Any]], problem: str
+) -> None:
+    server.answers = [JSONResponse(answer)]
+    with pytest.raises(RolloutError) as caught:
+        call(server.endpoint, ask)
+    assert str(caught.value) == f"{server.endpoint}{problem}"
+
+
+@pytest.mark.parametrize("body", [{"error": ""}, {"message": "\n"}, {"error": {"message": None}}, ""])
+def test_a_refusal_without_words(server: FakeServer, body: Any) -> None:
+    server.answers = [JSONResponse(body, 400)]
+    with pytest.raises(RolloutError, match=r"/generate: HTTP 400: \(no reason given\)$"):
+        call(server.endpoint, generate)
 
 
 def test_the_key_goes_with_every_request(server: FakeServer) -> None:

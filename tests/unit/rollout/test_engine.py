@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import socket
 import threading
@@ -182,7 +183,10 @@ def test_an_answer_of_sglang(serve_app: Callable[[Any], str], make_engine: MakeE
 
     async def answer(request: Request) -> Response:
         bodies.append(await request.json())
-        return JSONResponse([SGLANG_ANSWER] * len(bodies[-1]["input_ids"]))
+        answers = copy.deepcopy([SGLANG_ANSWER] * len(bodies[-1]["input_ids"]))
+        for answer, rid in zip(answers, bodies[-1]["rid"], strict=True):
+            answer["meta_info"]["id"] = rid
+        return JSONResponse(answers)
 
     endpoint = serve_app(Starlette(routes=[Route("/generate", answer, methods=["POST"])]))
     engine = make_engine([endpoint], policy_version=2, num_samples_per_prompt=1)
@@ -199,7 +203,8 @@ def test_an_answer_of_sglang(serve_app: Callable[[Any], str], make_engine: MakeE
         sequence.topk_logprobs.exp(), torch.tensor([[0.5, 0.3, 0.1], [0.9, 0.05, 0.0]]), atol=1e-7, rtol=0
     )
     with pytest.raises(
-        RolloutError, match=r"request step3-prompt10-sample0-.*: output_top_logprobs of response"
+        RolloutError,
+        match=r"request step3-prompt10-sample0-.*: meta_info\.output_top_logprobs\[0\] is .*; expected 4 en",
     ):
         engine.generate(make_prompts(1), SamplingPlan(step=3, num_topk=4))
 

@@ -138,6 +138,9 @@ def test_what_a_server_says_of_itself(server: Recorder) -> None:
     server.answers = [JSONResponse({})]
     with pytest.raises(RolloutError, match="/server_info: the answer has no 'tp_size'"):
         server.call(lambda client: client.read_info())
+    server.answers = [JSONResponse({"tp_size": "two"})]
+    with pytest.raises(RolloutError, match="/server_info: tp_size is 'two'; expected an integer"):
+        server.call(lambda client: client.read_info())
 
 
 def test_checksums_are_per_rank(server: Recorder) -> None:
@@ -146,4 +149,7 @@ def test_checksums_are_per_rank(server: Recorder) -> None:
     assert server.call(lambda client: client.weights_checksums()) == [{"w": "0a"}, {"w": "0b"}]
     server.answers = [JSONResponse(OK)]
     with pytest.raises(RolloutError, match="/weights_checker: the answer has no 'ranks'"):
+        server.call(lambda client: client.weights_checksums())
+    server.answers = [JSONResponse({**OK, "ranks": [{"checksums": ["w"]}]})]
+    with pytest.raises(RolloutError, match=r"ranks\[0\]\.checksums is \['w'\]; expected an object"):
         server.call(lambda client: client.weights_checksums())
