@@ -38,6 +38,8 @@ class Completion:
     topk_logprobs: list[list[float]] | None = None
     routes: Routes | None = None
     """[L-1, M, K] of the whole context and the response, if they were asked for."""
+    abort_message: str = ""
+    """Why it was aborted, in the server's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def parse_completion(
         _finish_reason(answer, meta, token_ids, request),
         *(_topk(meta, len(token_ids), num_topk, vocab_size) if num_topk else (None, None)),
         None if route_shape is None else _routes(meta, route_shape, len(request.token_ids) + len(token_ids)),
+        meta.nested("finish_reason").find("message", str) or "",
     )
     if meta.get("completion_tokens", int) != len(token_ids):
         raise meta.lie("completion_tokens", meta.raw("completion_tokens"), f"{len(token_ids)}, as output_ids")

@@ -19,6 +19,10 @@ from megatron_drpo.rollout.pool import PooledServer, ServerLostError, ServerPool
 from megatron_drpo.rollout.sample import Sample
 
 
+class AbortedError(RetryableError):
+    """A server ended a request before its first token, and this program had not asked for it."""
+
+
 class Sampler:
     """Sends requests; used in the engine's event loop alone.
 
@@ -37,6 +41,8 @@ class Sampler:
         """Of the weights that all servers of the pool have."""
         self._in_flight: defaultdict[str, set[str]] = defaultdict(set)
         """Ids of requests by endpoint."""
+        self._interrupted: set[str] = set()
+        """Ids of requests whose abort this program asked for."""
         self.num_retries = 0
         """Requests that were sent again since the run began."""
 
@@ -66,9 +72,11 @@ class Sampler:
                 except (RetryableError, WrongVersionError) as error:
                     failures.append(str(error))
                     avoid.add(leased.endpoint)
+                    if avoid.issuperset(known.endpoint for known in self._pool.servers):
+                        avoid = {leased.endpoint}
                     if isinstance(error, WrongVersionError):
                         self._pool.fence(leased, str(error))
-                    elif not isinstance(error, ServerFailureError):
+                    elif not isinstance(error, ServerFailureError | AbortedError):
                         self._pool.suspend(leased, str(error))
             if len(failures) > self._config.num_retries:
                 raise RolloutError(_describe(failures))
@@ -82,6 +90,7 @@ class Sampler:
 
     async def _interrupt(self, server: PooledServer) -> None:
         for rid in [*self._in_flight[server.endpoint]]:
+            self._interrupted.add(rid)
             try:
                 await server.client.abort(rid)
             except RetryableError as error:
@@ -107,6 +116,8 @@ class Sampler:
             )
         finally:
             in_flight -= rids
+            interrupted = self._interrupted & rids
+            self._interrupted -= rids
         completions: list[Completion] = []
         for request, response in zip(requests, responses, strict=True):
             completions.append(
@@ -124,11 +135,12 @@ class Sampler:
             )
         for sample, completion in zip(samples, completions, strict=True):
             sample.add(completion, server.endpoint)
-        if all(not completion.token_ids for completion in completions):
-            await asyncio.sleep(_ABORT_PAUSE_S)  # a server that aborts everything, as one that shuts down
-
-
-_ABORT_PAUSE_S = 0.05
+        for request, completion in zip(requests, completions, strict=True):
+            if not completion.token_ids and request.rid not in interrupted:
+                raise AbortedError(
+                    f"{server.endpoint}/generate: request {request.rid}: aborted without a token: "
+                    f"{completion.abort_message or '(no reason given)'}"
+                )
 
 
 def _describe(failures: list[str]) -> str:

@@ -20,12 +20,12 @@ A, B = "http://a", "http://b"
 Step = Callable[[Sequence[SampleRequest]], list[dict[str, Any]]]
 
 
-def answer(ids: list[int], version: str = "7", kind: str = "stop") -> dict[str, Any]:
+def answer(ids: list[int], version: str = "7", kind: str = "stop", message: str = "") -> dict[str, Any]:
     """As SGLang's /generate."""
     return {
         "output_ids": ids,
         "meta_info": {
-            "finish_reason": {"type": kind},
+            "finish_reason": {"type": kind, **({"message": message} if message else {})},
             "weight_version": version,
             "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
             "completion_tokens": len(ids),
@@ -44,6 +44,8 @@ class Client:
         self.keys: list[str] = []
         self.aborted: list[str] = []
         self.abort_event = asyncio.Event()
+        self.held: list[int] = [4, 4]
+        """What a request that is aborted has by then."""
 
     async def generate(
         self, requests: Sequence[SampleRequest], *, extra_key: str, **_: Any
@@ -58,7 +60,8 @@ class Client:
         result = step(requests)
         if not result:  # held until it is aborted
             await self.abort_event.wait()
-            return [answer([4, 4], version=extra_key, kind="abort") for _ in requests]
+            self.abort_event.clear()
+            return [answer(self.held, version=extra_key, kind="abort") for _ in requests]
         return result
 
     async def abort(self, rid: str) -> None:
@@ -176,3 +179,57 @@ def test_an_interrupted_sample_goes_on_from_its_tokens_with_the_new_weights() ->
         assert bench.sampler.num_retries == 0, "no failure"
 
     run(test, {A: [lambda _: []]})
+
+
+def abort(*messages: str) -> Step:
+    """Every sample is aborted before its first token."""
+    return lambda requests: [answer([], kind="abort", message=messages[0]) for _ in requests]
+
+
+def test_aborts_without_a_token_are_bounded_and_the_servers_words_shown() -> None:
+    async def test(bench: Bench) -> None:
+        with pytest.raises(RolloutError) as caught:
+            await bench.sampler.complete(make_samples(2))
+        assert [len(bench.clients[e].requests) for e in (A, B)] == [4, 2], "another server is tried between"
+        assert "http://a/generate: request sample0-2-" in str(caught.value)
+        assert "aborted without a token: the queue is full" in str(caught.value)
+        assert bench.sampler.num_retries == 2
+
+    full = abort("the queue is full")
+    run(test, {A: [full] * 9, B: [full] * 9}, num_retries=2)
+
+
+def test_an_abort_without_a_token_is_tried_elsewhere_and_nothing_is_lost() -> None:
+    """Of two samples in one request one has ended: it is not asked for again."""
+
+    async def test(bench: Bench) -> None:
+        samples = make_samples(2)
+        await bench.sampler.complete(samples)
+        assert [sample.completion().token_ids for sample in samples] == [[9], [5]]
+        assert [request.rid.split("-")[0] for request in bench.clients[B].requests] == ["sample1"]
+        assert bench.sampler.num_retries == 1
+
+    run(test, {A: [lambda _: [answer([9]), answer([], kind="abort")]]})
+
+
+def test_aborts_that_were_asked_for_do_not_count() -> None:
+    """Interrupted before the first token, again and again, as on a server whose queue is long."""
+
+    async def test(bench: Bench) -> None:
+        samples = make_samples(2)
+        work = asyncio.ensure_future(bench.sampler.complete(samples))
+        await asyncio.sleep(0)
+        bench.clients[A].held = []
+        for version in range(8, 12):
+            await asyncio.sleep(0.05)
+            await bench.sampler.interrupt()
+            await asyncio.sleep(0.05)
+            assert not work.done()
+            bench.sampler.policy_version = version
+            await bench.pool.set_servers([A])
+        await work
+        assert len(bench.clients[A].requests) == 10
+        assert all(sample.completion().policy_versions == [11] for sample in samples)
+        assert bench.sampler.num_retries == 0
+
+    run(test, {A: [lambda _: []] * 4}, num_retries=0)
