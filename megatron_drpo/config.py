@@ -352,6 +352,10 @@ class CorrectionConfig(Section):
     opsm_delta: float | None = number(None, at_least=1e-6, at_most=100)
     """Off-policy sequence mask (arXiv 2512.02556): in sequences with mean(logmu - logpi) > opsm_delta, mu
     being the anchor, tokens with A < 0 are masked."""
+    faulty_log_ratio: float = number(20.0, at_least=1, at_most=30)
+    """A token with log(pi / mu) above it, mu as the engine reported it, was never sampled so: the engine is
+    at fault. It is kept out of the loss and the aggregation, counted (mismatch/faulty_tokens), alarmed. Log
+    ratios are held at 30."""
 
     def rules(self) -> Problems:
         key = "algorithm.correction"

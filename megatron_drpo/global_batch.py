@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_drpo.config import Config
 from megatron_drpo.context_parallel import split_context_parallel
-from megatron_drpo.losses.aggregation import compute_token_weights, count_loss
+from megatron_drpo.losses.aggregation import compute_token_weights, count_loss, resolve_horizon
 from megatron_drpo.packing import pack_global_batch, plan_micro_batches
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
@@ -81,7 +81,7 @@ def _pack_share(
         config.algorithm.aggregation,
         num_loss_tokens=counts.loss_tokens,
         num_sequences=counts.sequences,
-        horizon_tokens=config.algorithm.horizon_tokens or config.rollout.max_response_tokens,
+        horizon_tokens=resolve_horizon(config),
     )
     return pack_global_batch(
         sequences,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.routes import RouteCheck
-from megatron_drpo.types import Prompt, Rollout, TrainSequence
+from megatron_drpo.types import Origin, Prompt, Rollout, TrainSequence
 
 MAX_LOGPROB = 1e-3
 """A logprob is at most 0, up to the rounding of an engine's 16-bit arithmetic."""
@@ -79,6 +79,7 @@ def build_sequences(
             topk_ids=topk_R[0],
             topk_logprobs=topk_R[1],
             routes=None if route_check is None else route_check.check(number, rollouts[number]),
+            origin=_origin(rollouts[number]),
         )
         for number, (ids_L, advantages_R, logprobs_R, mask_R, topk_R) in enumerate(columns)
         if len(mask_R) > 0
@@ -89,8 +90,13 @@ def describe_prompt(prompt: Prompt) -> str:
     return f"prompt {prompt.id} (line {prompt.id + 1})"
 
 
+def _origin(rollout: Rollout) -> Origin:
+    where = f"{describe_prompt(rollout.prompt)}, sample {rollout.sample_index}"
+    return Origin(where=where, servers=tuple(rollout.servers))
+
+
 def _describe(number: int, rollout: Rollout) -> str:
-    return f"sequence {number}, {describe_prompt(rollout.prompt)}, sample {rollout.sample_index}"
+    return f"sequence {number}, {_origin(rollout).where}"
 
 
 def _check_lengths(rollouts: Sequence[Rollout], num_topk: int) -> None:

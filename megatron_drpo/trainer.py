@@ -26,6 +26,7 @@ from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
+from megatron_drpo.metrics.faulty_tokens import FaultReport, alarm_of_faults, report_faults
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.prometheus import PrometheusServer
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
@@ -33,7 +34,7 @@ from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.publish import WeightPublisher
-from megatron_drpo.types import MicroBatch
+from megatron_drpo.types import MicroBatch, TrainSequence
 from megatron_drpo.watchdog import Watchdog
 
 Metrics = dict[str, float | str | list[float]]
@@ -84,7 +85,9 @@ class Trainer:
         self.prometheus = prometheus
         self.state = RunState()
         self.timer = StepTimer()
-        self.alarm = TrustRegionAlarm()
+        self.trust_region = TrustRegionAlarm()
+        self.alarms: list[str] = []
+        """Of the step that runs."""
         self.num_tokens = 0.0
         """Prompt and response tokens of the latest step."""
         self.current_step = 0
@@ -132,6 +135,7 @@ class Trainer:
         self._mark_consumed()
         if self.policy.parallel.is_main and experience.records:
             write_rollouts(self.config.run_dir, step + 1, experience.records)
+        self._tell_faults(updates, experience.sequences)
         return self._sample_metrics(experience.statistics) | self._update_metrics(updates)
 
     def _update(self, micro_batches: list[MicroBatch]) -> UpdateResult:
@@ -251,15 +255,31 @@ class Trainer:
         if self.watchdog is not None:
             self.watchdog.begin(name, self.current_step)
 
+    def _tell_faults(self, updates: list[UpdateResult], sequences: list[TrainSequence]) -> None:
+        """An alarm of the faulty tokens of a step, named by the leaders, who know where they come from."""
+        faults = [fault for update in updates for fault in update.faulty]
+        parallel = self.policy.parallel
+        if not faults or not parallel.is_leader:
+            return
+        origins = {sequence.id: sequence.origin for sequence in sequences}
+        mine = report_faults((fault for fault in faults if fault.replica == parallel.data_rank), origins)
+        gathered: list[list[FaultReport]] = [[] for _ in range(parallel.data_size)]
+        dist.all_gather_object(gathered, mine, group=parallel.data_group)
+        limit = self.config.algorithm.correction.faulty_log_ratio
+        self.alarms.append(alarm_of_faults([report for of in gathered for report in of], limit))
+
     def _report(self, step: int, metrics: Metrics) -> None:
+        if self.alarms:
+            metrics["alarm"] = "\n".join(self.alarms)
         if self.writer is not None:
             self.writer.write(step, metrics)
         if self.prometheus is not None:
             self.prometheus.write(step, metrics, policy_version=self.state.policy_version)
         if self.progress is not None:
             self.progress.step(step, metrics)
-            if "alarm" in metrics:
-                self.progress.message(f"warning: {metrics['alarm']}")
+            for alarm in self.alarms:
+                self.progress.message(f"warning: {alarm}")
+        self.alarms = []
 
     def _sample_metrics(self, statistics: SampleStatistics) -> Metrics:
         total = self._sum(statistics)
@@ -319,7 +339,7 @@ class Trainer:
         if self.config.train.mode is Mode.sft:  # there is no behaviour policy to compare with
             return metrics | {"policy/entropy": details["policy/entropy"]}
         if self.policy.objective.loss.has_trust_region:
-            alarm = self.alarm.update(diagnostics.num_tokens, diagnostics.num_outside)
-            if alarm is not None:
-                metrics["alarm"] = alarm
+            alarm = self.trust_region.update(diagnostics.num_tokens, diagnostics.num_outside)
+            self.alarms += [] if alarm is None else [alarm]
+        metrics["mismatch/faulty_tokens"] = sum(len(update.faulty) for update in updates)
         return metrics | details

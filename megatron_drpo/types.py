@@ -75,6 +75,8 @@ class Rollout:
     """[L-1][M][K] the experts that the server chose, if they were asked for; the last token was never fed."""
     response_mask: list[bool] | None = None
     """[R] False where a token was inserted by `rollout.function`, not sampled; None: all were sampled."""
+    servers: list[tuple[str, int]] = field(default_factory=list)
+    """(endpoint, tokens) runs in order: who sampled the response; empty if that is not known."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,6 +85,24 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: list[Rollout]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a training sequence comes from, for messages."""
+
+    where: str
+    """Prompt, its line and the sample."""
+    servers: tuple[tuple[str, int], ...]
+    """See `Rollout`."""
+
+    def server_of(self, position: int) -> str:
+        """The endpoint that sampled a response token."""
+        for endpoint, num_tokens in self.servers:
+            if position < num_tokens:
+                return endpoint
+            position -= num_tokens
+        return "an unknown server"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,6 +127,8 @@ class TrainSequence:
     """float32."""
     routes: Routes | None = None
     """[L-1, M, K] checked, see `Rollout`; None: the router chooses."""
+    origin: Origin | None = None
+    """Of a rollout."""
 
     def __len__(self) -> int:
         return int(self.token_ids.numel())

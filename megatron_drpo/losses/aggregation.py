@@ -5,6 +5,7 @@ The weights carry the whole normalisation, so the sum may be split over micro-ba
 sequences in any way.
 
     R  sampled response tokens of a sequence (" _" in annotations: each sequence has its own)
+    N  response tokens of any sequences
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from megatron_drpo.config import Aggregation
+from megatron_drpo.config import Aggregation, Config
 from megatron_drpo.types import TrainSequence
 
 
@@ -67,14 +68,46 @@ def compute_token_weights(
         return []
     masks = [sequence.loss_mask for sequence in sequences]
     lengths = [len(mask_R) for mask_R in masks]
-    mask_N = torch.cat(masks)  # N: response tokens of all sequences; one call for thousands of short ones
+    weights_N = weigh_tokens(  # one call for thousands of short sequences
+        torch.cat(masks),
+        _count_each(masks).repeat_interleave(torch.tensor(lengths)),
+        aggregation,
+        num_loss_tokens=num_loss_tokens,
+        num_sequences=num_sequences,
+        horizon_tokens=horizon_tokens,
+    )
+    return list(weights_N.split(lengths))
+
+
+def weigh_tokens(
+    mask_N: Bool[Tensor, " N"],
+    sequence_tokens_N: Int[Tensor, " N"],
+    aggregation: Aggregation,
+    *,
+    num_loss_tokens: int,
+    num_sequences: int,
+    horizon_tokens: int,
+) -> Float[Tensor, " N"]:
+    """`compute_token_weights` for any tokens, in any order.
+
+    Args:
+        mask_N: whether a token has a loss.
+        sequence_tokens_N: loss tokens of each token's whole sequence.
+
+    Returns:
+        float32; 0 where the mask is False.
+    """
     match aggregation:
         case Aggregation.token_mean:
             divisor_N = torch.tensor(num_loss_tokens)
         case Aggregation.sequence_mean_token_mean:
-            divisor_N = num_sequences * _count_each(masks).repeat_interleave(torch.tensor(lengths))
+            divisor_N = num_sequences * sequence_tokens_N
         case Aggregation.sequence_mean_token_sum:
             divisor_N = torch.tensor(num_sequences * horizon_tokens)
     # The divisor is 0 only where the mask is empty; float64 so that the division rounds once.
-    weights_N = (mask_N.to(torch.float64) / divisor_N.clamp(min=1)).to(torch.float32)
-    return list(weights_N.split(lengths))
+    return (mask_N.to(torch.float64) / divisor_N.clamp(min=1)).to(torch.float32)
+
+
+def resolve_horizon(config: Config) -> int:
+    """The divisor of sequence_mean_token_sum."""
+    return config.algorithm.horizon_tokens or config.rollout.max_response_tokens

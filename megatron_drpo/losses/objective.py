@@ -4,14 +4,18 @@
 
 with c the product of the corrections' factors, which have no gradient. A token that a correction masks
 (c = 0) still has its KL penalty and entropy bonus: they do not depend on how it was sampled.
+
+Tokens that are faulty (`Objective.is_faulty`) must not be among those that are minimised: they are found, and
+left out, before (`policy/faulty_tokens.py`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_drpo.config import AlgorithmConfig
@@ -30,6 +34,7 @@ class Objective:
     corrections: tuple[Correction, ...] = ()
     kl: KlPenalty | None = None
     entropy_coef: float = 0.0
+    faulty_log_ratio: float = math.inf
 
     @property
     def needs_sequences(self) -> bool:
@@ -81,6 +86,17 @@ class Objective:
             is_masked_N |= factor_N == 0
         return torch.where(is_masked_N, torch.zeros_like(product_N), product_N)
 
+    @torch.no_grad()
+    def is_faulty(self, tokens: LossTokens) -> Bool[Tensor, " N"]:
+        """Where log(pi / mu) exceeds `faulty_log_ratio`, mu as the engine reported it, whatever the anchor.
+
+        No honest engine samples such a token: e^20 is 5e8 times less often than pi would. The other side
+        needs no limit: where pi is far below mu, r goes to 0 and the token's gradient with it, and a policy
+        that turns away from what it sampled gets there honestly.
+        """
+        # float64, so that metrics, which are computed in it, count the same tokens.
+        return tokens.logprobs_N.double() - tokens.rollout_logprobs_N.double() > self.faulty_log_ratio
+
     def warnings(self) -> list[str]:
         """Settings that are allowed but hardly meant, one sentence each."""
         return self.loss.warnings() + ([] if self.kl is None else self.kl.warnings())
@@ -97,4 +113,5 @@ def build_objective(config: AlgorithmConfig) -> Objective:
         corrections=build_corrections(config.correction, config.anchor),
         kl=build_kl_penalty(config.kl),
         entropy_coef=config.entropy_coef,
+        faulty_log_ratio=config.correction.faulty_log_ratio,
     )

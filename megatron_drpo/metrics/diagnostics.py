@@ -24,6 +24,8 @@ mismatch/* is always against the rollout's, as the engine reported them.
                                       |log of the anchor - logmu|: the engine's gap alone. Like the
                                       next, only where the anchor is not the rollout's
     policy/anchor_prob_abs_mean       |pi - mu| with the anchor's mu
+    mismatch/faulty_tokens            number of tokens that were kept out of the loss, and of all else here:
+                                      log(pi / mu) was above algorithm.correction.faulty_log_ratio
     trust_region/outside_share        tokens beyond the loss's bound
     trust_region/diverging_share      tokens moving away from mu in the direction of A (A log r > 0)
     trust_region/converging_share     back to it (A log r < 0)
@@ -83,6 +85,7 @@ _SUMS = (
     "referenced",
     "ref_kl",
     "ref_kl_k3",
+    "faulty",
 )
 _MAXIMA = ("ratio", "logprob_abs", "old_logprob_abs")
 _NUM_BUCKETS = len(MU_BUCKET_EDGES)
@@ -117,6 +120,11 @@ class Diagnostics:
     def num_outside(self) -> int:
         """Loss tokens outside the loss's trust region."""
         return self._count("outside")
+
+    @property
+    def num_faulty(self) -> int:
+        """Loss tokens that must not be (`Objective.is_faulty`); 0 once they have been left out."""
+        return self._count("faulty")
 
     def _count(self, name: str) -> int:
         first = _SUMS.index(name) * _NUM_BUCKETS
@@ -198,6 +206,7 @@ def _per_token(
         "diverging": (direction_N > 0).double(),
         "converging": (direction_N < 0).double(),
         "corrective": (weight_N < 0).double(),
+        "faulty": objective.is_faulty(tokens).double(),
     }
     per_token |= dict.fromkeys(("corrected", "factor", "masked", "referenced", "ref_kl", "ref_kl_k3"), zero_N)
     if objective.corrections:

@@ -21,6 +21,7 @@ SHOWN = (
     ("length", "response/length_mean", "{:.1f} tokens"),
     ("truncated", "response/truncated_share", "{:.1%}"),
     ("mismatch |dlogp|", "mismatch/first_update_logprob_abs_mean", "{:.2e}"),
+    ("faulty tokens", "mismatch/faulty_tokens", "{:.0f}"),
     ("outside trust region", "trust_region/outside_share", "{:.2%}"),
     ("entropy", "policy/entropy", "{:.3f}"),
     ("loss", "loss/value", "{:.4g}"),

@@ -165,12 +165,33 @@ class LossRows:
 
 
 @dataclass(frozen=True, slots=True)
+class FaultyRows:
+    """The loss tokens of a micro-batch that must not be, see `Objective.is_faulty`: F rows."""
+
+    rows_F: torch.Tensor
+    """int64, their positions in T."""
+    logprobs_F: torch.Tensor
+    rollout_logprobs_F: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: LossRows, tokens: LossTokens, objective: Objective) -> FaultyRows:
+        """
+        Args:
+            tokens: of these rows, detached.
+        """
+        chosen_F = objective.is_faulty(tokens).nonzero()[:, 0]
+        columns = (rows.logprobs.rows_N, tokens.logprobs_N, tokens.rollout_logprobs_N)
+        return cls(*(column_N[chosen_F] for column_N in columns))
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatchResult:
     """What the last stage reports of one micro-batch."""
 
     loss: torch.Tensor
     """float64 scalar, detached: its share of the global batch's loss."""
     diagnostics: Diagnostics
+    faulty: FaultyRows
 
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchResult]]
@@ -232,7 +253,8 @@ class TrainForward:
             self.observer.sees(micro_batch, rows, tokens, output.entropy_N)
         diagnostics = compute_diagnostics(tokens, output.entropy_N, self.objective)
         no_tokens = torch.zeros((), dtype=torch.int, device=total.device)
-        return total, no_tokens, MicroBatchResult(total.detach().double(), diagnostics)
+        faulty = FaultyRows.of(rows, tokens, self.objective)
+        return total, no_tokens, MicroBatchResult(total.detach().double(), diagnostics, faulty)
 
     def _recompute(
         self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, rows: LossRows

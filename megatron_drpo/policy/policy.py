@@ -16,6 +16,7 @@ from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.sft import SftLoss
 from megatron_drpo.metrics.diagnostics import Diagnostics
+from megatron_drpo.metrics.faulty_tokens import FaultyToken
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load import load_hf_weights
@@ -23,6 +24,7 @@ from megatron_drpo.models.load_megatron import load_megatron_weights
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.platform import Platform
+from megatron_drpo.policy.faulty_tokens import leave_out_faulty
 from megatron_drpo.policy.forward import (
     ForwardObserver,
     ForwardSettings,
@@ -82,6 +84,8 @@ class UpdateResult:
     diagnostics: Diagnostics
     agreement: Agreement = field(default_factory=Agreement)
     """Of the routers with the routes that were replayed."""
+    faulty: list[FaultyToken] = field(default_factory=list)
+    """Tokens of the global batch that were left out of it; all else here is of the others."""
 
 
 class Policy:
@@ -154,7 +158,8 @@ class Policy:
     # -------------------------------------------------------------------------------------- updates
 
     def train_step(self, micro_batches: list[MicroBatch], timer: StepTimer) -> UpdateResult:
-        """Forward and backward over this rank's share of a global batch, then one optimizer step.
+        """Forward and backward over this rank's share of a global batch, then one optimizer step. Faulty
+        tokens are left out, see `leave_out_faulty`.
 
         Args:
             micro_batches: as many on every data-parallel rank; a multiple of the pipeline size when
@@ -167,7 +172,12 @@ class Policy:
         total_updates = self.config.train.num_steps * self.config.train.num_updates_per_step
         lr = compute_learning_rate(self.config.optimizer, self.num_updates, total_updates)
         with timer.phase("forward_backward"):
-            loss, diagnostics, agreement = self.reduce(self.forward_backward(micro_batches))
+            results = self.forward_backward(micro_batches)
+            loss, diagnostics, agreement = self.reduce(results)
+            faulty: list[FaultyToken] = []
+            if diagnostics.num_faulty:
+                micro_batches, faulty = leave_out_faulty(self.config, self.parallel, micro_batches, results)
+                loss, diagnostics, agreement = self.reduce(self.forward_backward(micro_batches))
         with timer.phase("optimizer"):
             grad_norm = compute_gradient_norm(self.optimizer)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -176,7 +186,12 @@ class Policy:
             apply_gradients(self.optimizer, grad_norm)
         self.num_updates += 1
         return UpdateResult(
-            loss=loss, grad_norm=grad_norm, lr=lr, diagnostics=diagnostics, agreement=agreement
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            diagnostics=diagnostics,
+            agreement=agreement,
+            faulty=faulty,
         )
 
     def forward_backward(

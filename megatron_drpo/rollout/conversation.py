@@ -65,6 +65,7 @@ class Conversation:
     _parts: list[tuple[Completion, bool]] = field(default_factory=list)
     """Turns, and whether they were sampled."""
     _response_mask: list[bool] = field(default_factory=list)
+    _servers: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def num_tokens_left(self) -> int:
@@ -90,6 +91,7 @@ class Conversation:
         await self._complete(turn)
         completion = turn.completion()
         self._sample.server = turn.server
+        self._servers += turn.servers
         self._add(completion, True)
         self.finish_reason = completion.finish_reason
         return completion.token_ids
@@ -98,6 +100,7 @@ class Conversation:
         """Append what the policy did not say: a tool's answer, the next user turn. It is never trained; what
         does not fit is cut off."""
         ids = list(token_ids)[: self.num_tokens_left]
+        self._servers.append(("rollout.function", len(ids)))
         self._add(
             Completion(ids, [0.0] * len(ids), [self.policy_version] * len(ids), FinishReason.stop), False
         )
@@ -128,4 +131,5 @@ class Conversation:
             text=decode(self.token_ids),
             response_mask=self._response_mask,
             routes=join_routes([part.routes for part, mask in self._parts if mask]),
+            servers=self._servers,
         )

@@ -40,6 +40,8 @@ class Sample:
     context: Sequence[int] | None = None
     """Tokens to go on from; the prompt's if not given."""
     segments: list[Completion] = field(default_factory=list)
+    servers: list[tuple[str, int]] = field(default_factory=list)
+    """(endpoint, tokens) of each segment."""
     num_attempts: int = 0
     server: str | None = None
     """Endpoint of the latest segment: it has the prefix in its cache."""
@@ -79,6 +81,7 @@ class Sample:
         if completion.finish_reason is FinishReason.abort and not completion.token_ids:
             return
         self.segments.append(completion)
+        self.servers.append((server, len(completion.token_ids)))
 
     def next_turn(
         self, response_ids: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]
@@ -127,6 +130,7 @@ class Sample:
             topk_ids=completion.topk_ids,
             topk_logprobs=completion.topk_logprobs,
             routes=completion.routes,
+            servers=self.servers,
         )
 
 
