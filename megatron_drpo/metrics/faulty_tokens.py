@@ -68,7 +68,7 @@ def alarm_of_faults(reports: list[FaultReport], limit: float) -> str:
     are = "1 faulty token was" if len(reports) == 1 else f"{len(reports)} faulty tokens were"
     return (
         f"{are} kept out of the loss ({servers}): more than e^{limit:g} times as probable under the policy "
-        f"as the server that sampled it says, which no sampling brings about. {shown}{more}. The server reports "
-        "wrong logprobs or has wrong weights: look at its log, restart it, or take it out of the fleet. The "
-        "limit is algorithm.correction.faulty_log_ratio"
+        f"as the server that sampled it says, which no sampling brings about. {shown}{more}. The server "
+        "reports wrong logprobs or has wrong weights: look at its log, restart it, or take it out of the "
+        "fleet. The limit is algorithm.correction.faulty_log_ratio"
     )
