@@ -53,7 +53,7 @@ def find_non_finite(
     """
     watch = _Watch(policy)
     with watch.attached():
-        policy.forward_backward(micro_batches, observer=watch)
+        policy.forward_backward(micro_batches, observer=watch, again=True)
     watch.see_weight_gradients()
     gathered: list[list[Finding]] = [[] for _ in range(policy.parallel.world_size)]
     dist.all_gather_object(gathered, watch.findings)

@@ -177,7 +177,7 @@ class Policy:
             faulty: list[FaultyToken] = []
             if diagnostics.num_faulty:
                 micro_batches, faulty = leave_out_faulty(self.config, self.parallel, micro_batches, results)
-                loss, diagnostics, agreement = self.reduce(self.forward_backward(micro_batches))
+                loss, diagnostics, agreement = self.reduce(self.forward_backward(micro_batches, again=True))
         with timer.phase("optimizer"):
             grad_norm = compute_gradient_norm(self.optimizer)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -195,12 +195,13 @@ class Policy:
         )
 
     def forward_backward(
-        self, micro_batches: list[MicroBatch], observer: ForwardObserver | None = None
+        self, micro_batches: list[MicroBatch], observer: ForwardObserver | None = None, *, again: bool = False
     ) -> list[MicroBatchResult]:
         """Gradients of the objective over this rank's share of a global batch, reduced over replicas.
 
         Args:
             observer: see `TrainForward`.
+            again: the latest call was for the same micro-batches; recorded routes are replayed once more.
 
         Returns:
             One result per micro-batch on the last stage; nothing elsewhere.
@@ -209,6 +210,8 @@ class Policy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._settings.replay is not None:
+            self._settings.replay.start_update(again=again)
         forward = TrainForward(self.objective, self.forward_settings, self.parallel, observer)
         return run_schedule(forward, self.chunks, micro_batches, self.parallel.device, forward_only=False)
 

@@ -67,8 +67,10 @@ class RouterReplay:
         self._target: tuple[torch.Tensor, torch.Tensor] | None = None
         self._used: deque[torch.Tensor] = deque()
         """Choices of forward passes whose backward pass is still to come."""
-        self._recorded: deque[torch.Tensor] = deque()
-        """R2: choices of the recording pass, by micro-batch."""
+        self._recorded: list[torch.Tensor] = []
+        """R2: choices of the recording pass, by micro-batch; kept until the step is over."""
+        self._num_taken = 0
+        self._update_start = 0
 
     def start_forward(
         self,
@@ -95,8 +97,15 @@ class RouterReplay:
 
     def take_recorded(self) -> tuple[Int[torch.Tensor, "T K"], Bool[torch.Tensor, " T"]]:
         """The choices of the oldest recorded pass not taken yet, as a target for all its tokens."""
-        chosen = self._recorded.popleft()
+        chosen = self._recorded[self._num_taken]
+        self._num_taken += 1
         return chosen, torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
+
+    def start_update(self, *, again: bool) -> None:
+        """The passes of an update's micro-batches follow; `again`: of those that the latest update had."""
+        if again:
+            self._num_taken = self._update_start
+        self._update_start = self._num_taken
 
     def clear(self) -> None:
         """Forget all passes."""
@@ -104,6 +113,7 @@ class RouterReplay:
         self._target = None
         self._used.clear()
         self._recorded.clear()
+        self._num_taken = self._update_start = 0
 
     def get_replay_topk(
         self,
@@ -201,6 +211,12 @@ class RoutingReplay:
         finally:
             for router in routers:
                 router.end_forward()
+
+    def start_update(self, *, again: bool) -> None:
+        """Before the passes of an update; `again`: it is computed a second time."""
+        for routers in self._routers.values():
+            for router in routers:
+                router.start_update(again=again)
 
     def clear(self) -> None:
         """Forget all passes: the step is over, or failed."""

@@ -180,7 +180,10 @@ def run_recorded(config: Config, sequences: list[TrainSequence]) -> dict[str, An
             for name, parameter in unwrap(chunk).named_parameters():
                 if name.endswith("router.weight"):
                     parameter.neg_()
-    loss, _, agreement = policy.reduce(policy.forward_backward(micro_batches))
+    first, *_ = policy.reduce(policy.forward_backward(micro_batches))
+    # A second time, as for faulty tokens and for the place where numbers stopped being finite.
+    loss, _, agreement = policy.reduce(policy.forward_backward(micro_batches, again=True))
+    assert loss == first
     return {
         "loss": loss,
         "gradients": gather_gradients(policy),
