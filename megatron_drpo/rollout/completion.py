@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,20 @@ class Completion:
     """[L-1, M, K] of the whole context and the response, if they were asked for."""
     abort_message: str = ""
     """Why it was aborted, in the server's words."""
+
+    def first(self, num_tokens: int, finish_reason: FinishReason) -> Completion:
+        """Its first tokens, with what belongs to them."""
+        num_dropped = len(self.token_ids) - num_tokens
+        return replace(
+            self,
+            token_ids=self.token_ids[:num_tokens],
+            logprobs=self.logprobs[:num_tokens],
+            policy_versions=self.policy_versions[:num_tokens],
+            finish_reason=finish_reason,
+            topk_ids=None if self.topk_ids is None else self.topk_ids[:num_tokens],
+            topk_logprobs=None if self.topk_logprobs is None else self.topk_logprobs[:num_tokens],
+            routes=None if self.routes is None else self.routes[: len(self.routes) - num_dropped],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _POLL_S = 0.1
+SGLANG_STOPS = frozenset({"<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>"})
+"""Added tokens at which SGLang ends every response (sglang 0.5.23, srt/utils/hf_transformers/common.py). They
+are asked for: a response that is aborted just then does not say that it has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,8 @@ class RolloutEngine:
         self._config = config
         self._tokenizer = tokenizer
         self._skip_special_tokens = not keep_special_tokens
-        self._stop_token_ids = sorted({*stop_token_ids, *config.stop_token_ids})
+        own_stops = {i for token, i in tokenizer.get_added_vocab().items() if token in SGLANG_STOPS}
+        self._stop_token_ids = sorted({*stop_token_ids, *config.stop_token_ids, *own_stops})
         self._seed = seed
         self._function = None if config.function is None else load_rollout_function(config.function)
         self._loop = EventLoopThread("rollout")

@@ -55,6 +55,7 @@ class Sample:
 
     @property
     def is_finished(self) -> bool:
+        """Whether nothing is left to sample; `add` decides it."""
         return bool(self.segments) and self.segments[-1].finish_reason is not FinishReason.abort
 
     def next_request(self) -> SampleRequest:
@@ -80,8 +81,26 @@ class Sample:
         self.server = server
         if completion.finish_reason is FinishReason.abort and not completion.token_ids:
             return
-        self.segments.append(completion)
-        self.servers.append((server, len(completion.token_ids)))
+        kept = self._until_its_end(completion)
+        self.segments.append(kept)
+        self.servers.append((server, len(kept.token_ids)))
+
+    def _until_its_end(self, completion: Completion) -> Completion:
+        """Tokens up to the end of the response, with the reason that they give: the one place where it is
+        decided whether a response is finished.
+
+        The server's word counts where the tokens leave it open, as it may have stop ids of its own. An abort
+        says nothing: SGLang lets an aborted request take one more step and reports `abort` before it looks at
+        stop ids and at the limit (sglang 0.5.23, srt/managers/schedule_batch.py, Req.update_finish_state).
+        """
+        room = self.params["max_new_tokens"] - self.num_tokens
+        token_ids, stops = completion.token_ids[:room], self.params["stop_token_ids"]
+        end = next((i + 1 for i, token_id in enumerate(token_ids) if token_id in stops), None)
+        if end is not None:
+            return completion.first(end, FinishReason.stop)
+        if len(token_ids) == room and completion.finish_reason is FinishReason.abort:
+            return completion.first(room, FinishReason.length)
+        return completion
 
     def next_turn(
         self, response_ids: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from megatron_drpo.config import RolloutConfig, WeightSyncConfig
 from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.rollout.completion import Completion
+from megatron_drpo.rollout.conversation import Conversation
 from megatron_drpo.rollout.embedded.weights import hf_views
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
+from megatron_drpo.rollout.sample import Sample
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 from megatron_drpo.weight_sync.push import WeightPusher
 
@@ -179,3 +183,72 @@ def test_a_response_that_is_paused_in_place_has_spans_of_versions(
     assert versions == {1, 2}
     assert all(rollout.policy_versions == sorted(rollout.policy_versions) for rollout in rollouts)
     assert all(is_whole(rollout) for rollout in rollouts)
+
+
+STOPS = frozenset(range(1, 101, 4))
+INSERTED = 6
+NUM_COMPLETE_ABORTS = 20
+
+
+async def two_turns(conversation: Conversation) -> None:
+    await conversation.sample(max_tokens=8)
+    conversation.insert([INSERTED])
+    await conversation.sample(max_tokens=8)
+
+
+def turns(rollout: Rollout) -> list[list[int]]:
+    """What was sampled, turn by turn."""
+    mask = rollout.response_mask or [True] * len(rollout.response_ids)
+    tokens = zip(rollout.response_ids, mask, strict=True)
+    return [[token for token, _ in turn] for sampled, turn in groupby(tokens, lambda t: t[1]) if sampled]
+
+
+@pytest.mark.parametrize("function", [None, "tests.sglang.test_engine:two_turns"])
+def test_no_turn_goes_on_after_its_end_however_often_it_is_interrupted(
+    moe_server: str,
+    push: Callable[[int], None],
+    hf_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    function: str | None,
+) -> None:
+    """A request that is aborted takes one more token and reports `abort`, also where that is a stop id, as
+    every fourth is here, or the last that was asked for."""
+    num_stopped = num_full = 0
+    add = Sample.add
+
+    def count(sample: Sample, completion: Completion, server: str) -> None:
+        nonlocal num_stopped, num_full
+        if completion.finish_reason is FinishReason.abort:
+            num_stopped += not STOPS.isdisjoint(completion.token_ids)
+            num_full += sample.num_tokens + len(completion.token_ids) == sample.params["max_new_tokens"]
+        add(sample, completion, server)
+
+    monkeypatch.setattr(Sample, "add", count)
+    push(1)
+    engine = RolloutEngine(
+        RolloutConfig(num_samples_per_prompt=4, max_response_tokens=17, num_retries=0, function=function),
+        PreTrainedTokenizerFast.from_pretrained(hf_model(MODEL)),
+        stop_token_ids=sorted(STOPS),
+        vocab_size=101,
+        seed=0,
+    )
+    engine.set_servers([moe_server], 1)
+    rollouts: list[Rollout] = []
+    for number in range(40):
+        pending = engine.submit(prompts(0, 8), SamplingPlan(step=number))
+        for _ in range(2):
+            time.sleep(0.02 + 0.01 * (number % 8))
+            engine.interrupt()
+            engine.set_servers([moe_server], 1)
+        rollouts += [rollout for group in pending for rollout in group.future.result(120).rollouts]
+        if num_stopped >= NUM_COMPLETE_ABORTS:
+            break
+    engine.close()
+    print(f"{num_stopped} aborts with a stop id, {num_full} at the limit, {len(rollouts)} responses")
+    assert num_stopped >= NUM_COMPLETE_ABORTS
+    for rollout in rollouts:
+        for turn in turns(rollout):
+            assert STOPS.isdisjoint(turn[:-1])
+        if turn and function is None:
+            assert rollout.finish_reason is (FinishReason.stop if turn[-1] in STOPS else FinishReason.length)
+            assert len(turn) == 17 or turn[-1] in STOPS

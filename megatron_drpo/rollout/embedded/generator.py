@@ -20,6 +20,7 @@ from megatron_drpo.rollout.embedded.weights import WeightStore
 from megatron_drpo.rollout.weight_client import MemoryTag
 
 T = TypeVar("T")
+_ABORTED = {"type": "abort", "message": "Aborted"}
 
 
 class _Batch:
@@ -95,7 +96,11 @@ class Generator:
         return batch.future
 
     def abort(self, rid: str | None) -> None:
-        """End the sample `rid`, or all for None, with what it has and finish reason `abort`."""
+        """End the sample `rid`, or all for None, with finish reason `abort`.
+
+        As in SGLang, one that is being decoded gets one more token, which may be a stop id or the last of
+        `max_new_tokens`, and one that waits has none.
+        """
         self._post(lambda: self._abort(rid))
 
     def update_weights(self) -> Future[None]:
@@ -215,7 +220,9 @@ class Generator:
             result.logprobs.append(logprob)
             result.topk_logprobs.append(topk_logprobs[: params.num_topk])
             result.topk_ids.append(topk_ids[: params.num_topk])
-            if token in params.stop_token_ids:
+            if result.is_aborted:  # as SGLang, which looks at nothing else then
+                result.finish_reason = _ABORTED
+            elif token in params.stop_token_ids:
                 result.finish_reason = {"type": "stop", "matched": token}
             elif len(result.token_ids) == params.max_new_tokens:
                 result.finish_reason = {"type": "length", "length": params.max_new_tokens}
@@ -250,14 +257,12 @@ class Generator:
         waiting, self._waiting = self._waiting, deque()
         for batch, result in waiting:
             if rid is None or result.request.rid == rid:
-                result.finish_reason = {"type": "abort", "message": "Aborted"}
+                result.finish_reason = _ABORTED
                 self._finish(batch, result)
             else:
                 self._waiting.append((batch, result))
         for _, result in self._active:
-            if rid is None or result.request.rid == rid:
-                result.finish_reason = {"type": "abort", "message": "Aborted"}
-        self._retire()
+            result.is_aborted |= rid is None or result.request.rid == rid
 
     def _update_weights(self) -> None:
         self._store.end()

@@ -54,6 +54,8 @@ class SampleResult:
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(weight version, first token, end), without gaps."""
     finish_reason: dict[str, Any] | None = None
+    is_aborted: bool = False
+    """It ends with its next token, whatever that is."""
 
     def close_span(self, version: str) -> None:
         """Attribute all tokens since the last span to `version`; a span may be empty only if it is alone."""

@@ -73,6 +73,26 @@ def test_what_was_sampled_is_trained_and_what_was_inserted_is_context() -> None:
     assert len({params["sampling_seed"] for _, params in server.asked}) == 2
 
 
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "reason"), [([5, 9], None, FinishReason.stop), ([5, 6, 6], 3, FinishReason.length)]
+)
+def test_a_turn_that_was_complete_when_it_was_aborted_is_over(
+    ids: list[int], max_tokens: int | None, reason: FinishReason
+) -> None:
+    """By a stop token of the turn's own, and at its limit."""
+    aborted = turn(ids, reason=FinishReason.abort)
+
+    async def complete(sample: Sample) -> None:
+        while not sample.is_finished:
+            await server.complete(sample)
+
+    server = Server(aborted)
+    conversation = begin(server)
+    conversation._complete = complete
+    assert asyncio.run(conversation.sample(max_tokens=max_tokens, stop_token_ids=[9])) == ids
+    assert conversation.finish_reason is reason
+
+
 def test_without_room_nothing_is_asked() -> None:
     server = Server(turn([5, 6, 4], reason=FinishReason.length))
     conversation = begin(server, max_tokens=5)

@@ -22,10 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.completion import Completion
 from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan, wait_until_ready
+from megatron_drpo.rollout.sample import Sample
 from megatron_drpo.sequences import build_sequences
-from megatron_drpo.types import FinishReason, Prompt, RolloutGroup
+from megatron_drpo.types import FinishReason, Prompt, Rollout, RolloutGroup
 
 Serve = Callable[..., str]
 MakeEngine = Callable[..., RolloutEngine]
@@ -243,6 +245,16 @@ def test_configured_stop_tokens_are_added(endpoints: list[str], make_engine: Mak
     assert group.rollouts[0].response_ids == free[: free.index(free[3]) + 1]
 
 
+def test_what_sglang_stops_at_is_asked_for(tiny_moe: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_moe)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    config = RolloutConfig(stop_token_ids=[5])
+    engine = RolloutEngine(config, tokenizer, [1], vocab_size=65, seed=0)
+    [sample] = engine._group(make_prompts(1)[0], SamplingPlan(step=0, num_samples_per_prompt=1))
+    engine.close()
+    assert sample.next_request().sampling_params["stop_token_ids"] == [1, 5, 64]
+
+
 def test_deterministic_rollouts_are_bit_equal_under_other_traffic(
     closed_endpoint: str, make_engine: MakeEngine
 ) -> None:
@@ -305,6 +317,38 @@ def test_a_server_that_is_not_there(make_engine: MakeEngine) -> None:
     waits = make_engine([endpoint], num_retries=5, no_server_timeout_s=0.5)
     with pytest.raises(RolloutError, match=rf"no_server_timeout_s=0.5: {endpoint}: 0 .*suspended: .*reached"):
         waits.generate(make_prompts(2), SamplingPlan(step=0))
+
+
+def test_no_response_goes_on_after_its_end_however_often_it_is_interrupted(
+    endpoints: list[str], make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fourth token is a stop id: many a response is complete when it is aborted."""
+    stops = set(range(1, 64, 4))
+    num_complete = 0
+    add = Sample.add
+
+    def count(sample: Sample, completion: Completion, server: str) -> None:
+        nonlocal num_complete
+        is_abort = completion.finish_reason is FinishReason.abort
+        is_whole = not stops.isdisjoint(completion.token_ids) or len(completion.token_ids) == 20
+        num_complete += is_abort and is_whole
+        add(sample, completion, server)
+
+    monkeypatch.setattr(Sample, "add", count)
+    engine = make_engine(endpoints, stop_token_ids=tuple(stops))
+    rollouts: list[Rollout] = []
+    for step in range(12):
+        pending = engine.submit(make_prompts(8), SamplingPlan(step=step))
+        time.sleep(0.01 * (1 + step % 4))
+        engine.interrupt()
+        engine.set_servers(endpoints, 0)
+        rollouts += [rollout for group in pending for rollout in group.future.result(60).rollouts]
+    assert num_complete >= 5
+    for rollout in rollouts:
+        ids = rollout.response_ids
+        assert stops.isdisjoint(ids[:-1])
+        assert len(ids) == 20 or ids[-1] in stops
+        assert rollout.finish_reason is (FinishReason.stop if ids[-1] in stops else FinishReason.length)
 
 
 def test_requests_of_a_server_that_leaves_go_elsewhere(endpoints: list[str], make_engine: MakeEngine) -> None:

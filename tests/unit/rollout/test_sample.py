@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,55 @@ def test_an_aborted_response_goes_on_from_its_tokens(sample: Sample) -> None:
     assert rollout.policy_versions == [1, 1, 1, 2, 2]
     assert rollout.finish_reason is FinishReason.stop
     assert rollout.text == "[4, 5, 6, 9, 1]"
+
+
+ABORT, STOP, LENGTH = FinishReason.abort, FinishReason.stop, FinishReason.length
+
+
+@pytest.mark.parametrize(
+    ("ids", "reported", "kept", "reason"),
+    [
+        ([4, 1], ABORT, [4, 1], STOP),
+        ([1], ABORT, [1], STOP),
+        ([4, 1, 5, 6], ABORT, [4, 1], STOP),
+        ([4, 1, 5, 1], ABORT, [4, 1], STOP),
+        ([4] * 7, ABORT, [4] * 7, LENGTH),
+        ([4] * 9, ABORT, [4] * 7, LENGTH),
+        ([4] * 6 + [1], ABORT, [4] * 6 + [1], STOP),
+        ([4] * 7 + [1], ABORT, [4] * 7, LENGTH),
+        ([4] * 6 + [1], LENGTH, [4] * 6 + [1], STOP),
+        ([4] * 6 + [9], STOP, [4] * 6 + [9], STOP),
+        ([4, 9], STOP, [4, 9], STOP),
+        ([4, 9], LENGTH, [4, 9], LENGTH),
+    ],
+)
+def test_the_tokens_decide_whether_a_response_is_finished(
+    sample: Sample, ids: list[int], reported: FinishReason, kept: list[int], reason: FinishReason
+) -> None:
+    """After 3 of 10 tokens; 1 is the stop id that was asked for, 9 one that the server has of its own."""
+    sample.add(completion([5, 6, 7], 1, ABORT), "http://a")
+    assert not sample.is_finished
+    sample.add(completion(ids, 2, reported), "http://a")
+    assert sample.is_finished
+    whole = sample.completion()
+    assert whole.token_ids == [5, 6, 7, *kept]
+    assert whole.logprobs == [-2.5, -3.0, -3.5, *(-0.5 * i for i in kept)]
+    assert whole.policy_versions == [1] * 3 + [2] * len(kept)
+    assert whole.finish_reason is reason
+
+
+def test_what_comes_with_a_token_is_cut_off_with_it(sample: Sample) -> None:
+    routes = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1)
+    """Of 2 tokens of the prompt and 3 of the response."""
+    topk_ids, topk_logprobs = [[4], [1], [5], [6]], [[-0.1], [-0.2], [-0.3], [-0.4]]
+    whole = completion([4, 1, 5, 6], 1, FinishReason.abort)
+    sample.add(replace(whole, topk_ids=topk_ids, topk_logprobs=topk_logprobs, routes=routes), "http://a")
+    rollout = sample.rollout(str)
+    assert rollout.response_ids == [4, 1]
+    assert rollout.topk_ids == [[4], [1]]
+    assert rollout.topk_logprobs == [[-0.1], [-0.2]]
+    assert rollout.routes is not None
+    assert rollout.routes.flatten().tolist() == [0, 1, 2]
 
 
 def test_an_attempt_that_failed_leaves_nothing_behind(sample: Sample) -> None:

@@ -181,6 +181,19 @@ def test_an_interrupted_sample_goes_on_from_its_tokens_with_the_new_weights() ->
     run(test, {A: [lambda _: []]})
 
 
+@pytest.mark.parametrize(("ids", "reason"), [([4, 1], FinishReason.stop), ([4] * 10, FinishReason.length)])
+def test_a_sample_that_is_complete_when_it_is_aborted_is_not_asked_for_again(
+    ids: list[int], reason: FinishReason
+) -> None:
+    async def test(bench: Bench) -> None:
+        (sample,) = make_samples(1)
+        await bench.sampler.complete([sample])
+        assert (sample.completion().token_ids, sample.completion().finish_reason) == (ids, reason)
+        assert len(bench.clients[A].requests + bench.clients[B].requests) == 1
+
+    run(test, {A: [lambda _: [answer(ids, kind="abort")]]})
+
+
 def abort(*messages: str) -> Step:
     """Every sample is aborted before its first token."""
     return lambda requests: [answer([], kind="abort", message=messages[0]) for _ in requests]

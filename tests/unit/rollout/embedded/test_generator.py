@@ -175,11 +175,30 @@ def test_abort_of_one_and_of_all(make: Make) -> None:
     generator, _ = make(num_slots=2)
     at_step(generator, 3, lambda: generator._abort("s_1"))
     results = generator.submit(requests([[3], [4], [5]])).result(10)
-    assert [len(result.token_ids) for result in results] == [12, 3, 12]
+    assert [len(result.token_ids) for result in results] == [12, 4, 12]
     assert results[1].finish_reason == {"type": "abort", "message": "Aborted"}
     at_step(generator, 2, lambda: generator._abort(None))
     results = generator.submit(requests([[3], [4], [5]])).result(10)
-    assert [len(result.token_ids) for result in results] == [2, 2, 0]
+    assert [len(result.token_ids) for result in results] == [3, 3, 0]
+
+
+@pytest.mark.parametrize("is_stop", [True, False])
+def test_an_aborted_sample_takes_one_more_token_and_reports_abort_whatever_it_is(
+    make: Make, is_stop: bool
+) -> None:
+    """As SGLang: before it looks at the stop ids and at the limit."""
+    generator, _ = make()
+    [free] = generator.submit(requests([[5, 6, 7]])).result(10)
+    token = free.token_ids[5]
+    index = free.token_ids.index(token)
+    params = {"stop_token_ids": [token]} if is_stop else {"max_new_tokens": index + 1}
+    [ended] = generator.submit(requests([[5, 6, 7]], **params)).result(10)
+    at_step(generator, index, lambda: generator._abort(None))
+    [aborted] = generator.submit(requests([[5, 6, 7]], **params)).result(10)
+    assert aborted.token_ids == ended.token_ids == free.token_ids[: index + 1]
+    assert ended.finish_reason is not None
+    assert ended.finish_reason["type"] == ("stop" if is_stop else "length")
+    assert aborted.finish_reason == {"type": "abort", "message": "Aborted"}
 
 
 def test_deterministic_batches_are_bit_equal_under_any_traffic(make: Make) -> None:
