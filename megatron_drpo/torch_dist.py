@@ -6,6 +6,7 @@ No Megatron here.
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ def find_checkpoint(path: str | Path) -> Path:
     one's `checkpoints`.
 
     Raises:
-        CheckpointError: there is none, or it is not complete.
+        CheckpointError: there is none, it is not complete, or a pointer to it is damaged.
     """
     root = Path(path)
     candidate = root
     for pointer in (root / TRACKER_FILE, root / "latest", root / "checkpoints" / "latest"):
         if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+            name = read_pointer(pointer)
             candidate = pointer.parent / (f"iter_{int(name):07d}" if name.isdecimal() else name)
             break
     if is_torch_dist(candidate):
@@ -70,6 +71,21 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(
         f"{candidate}: not a complete torch_dist checkpoint: {' and '.join(missing)} missing"
     )
+
+
+def read_pointer(file: Path) -> str:
+    """The name in a file that points to a checkpoint beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds anything but a name.
+    """
+    try:
+        name = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} does not name a checkpoint: {error}") from error
+    if re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) is None:
+        raise CheckpointError(f"{file} does not name a checkpoint, such as step_000010: {name[:100]!r}")
+    return name
 
 
 def read_metadata(file: Path) -> Metadata:

@@ -239,8 +239,7 @@ class Trainer:
         """What run_dir holds of later steps is void: they are run again."""
         writer.truncate(state.metrics_position)
         delete_rollouts(self.config.run_dir, after_step=state.step)
-        if not self.config.checkpoint.resume:
-            self.checkpointer.withdraw_latest()
+        self.checkpointer.claim()
 
     # ------------------------------------------------------------------------------------- what is seen
 

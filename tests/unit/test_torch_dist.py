@@ -36,6 +36,17 @@ def test_run_of_the_trainer(tmp_path: Path, given: str) -> None:
     assert find_checkpoint(tmp_path / given) == tmp_path / "checkpoints" / "step_000004"
 
 
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b"", b"\n", b"x" * 5000, b"/etc", b"step\x00", "step_\u0661".encode()]
+)
+@pytest.mark.parametrize("file", ["latest", "latest_checkpointed_iteration.txt"])
+def test_a_pointer_that_is_no_name(tmp_path: Path, file: str, content: bytes) -> None:
+    checkpoint(tmp_path / "release")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file} does not name a checkpoint"):
+        find_checkpoint(tmp_path)
+
+
 def test_no_checkpoint_or_an_incomplete_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         find_checkpoint(tmp_path / "nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,15 +34,16 @@ from megatron_drpo.trainer import Trainer
 
 
 class SavedStates(Checkpointer):
-    """Checkpoints without tensors: folders that hold a run state."""
+    """Checkpoints without tensors: folders that hold a run state, of the run that has claimed the folder."""
 
     def load(self, path: Path, policy: object) -> RunState:
         return RunState(**json.loads((path / "run_state.json").read_text()))
 
     def put(self, state: RunState) -> Path:
         path = self.folder / f"step_{state.step:06d}"
+        self.claim()
         path.mkdir(parents=True)
-        (path / "run_state.json").write_text(json.dumps(vars(state)))
+        (path / "run_state.json").write_text(json.dumps(vars(state) | {"run_id": self.run_id}))
         (self.folder / "latest").write_text(path.name + "\n")
         return path
 
@@ -111,9 +113,19 @@ def test_a_resumed_run_forgets_the_steps_after_its_checkpoint(
 def test_a_run_killed_before_its_first_save_starts_from_nothing(
     start: Callable[..., Trainer], killed_run: Path
 ) -> None:
+    shutil.rmtree(killed_run / "checkpoints" / "step_000002")
     (killed_run / "checkpoints" / "latest").unlink()
     assert start(killed_run).state == RunState()
     assert steps_of(killed_run) == ([], [])
+
+
+def test_a_run_without_latest_goes_on_from_its_own_checkpoint(
+    start: Callable[..., Trainer], killed_run: Path
+) -> None:
+    (killed_run / "checkpoints" / "latest").unlink()
+    assert start(killed_run).state.step == 2
+    assert steps_of(killed_run) == ([1, 2], ["1", "2"])
+    assert (killed_run / "checkpoints" / "latest").read_text() == "step_000002\n"
 
 
 def test_a_run_that_starts_over_does_not_come_back_to_the_earlier_one(
@@ -121,7 +133,9 @@ def test_a_run_that_starts_over_does_not_come_back_to_the_earlier_one(
 ) -> None:
     assert start(killed_run, resume=False).state == RunState()
     assert steps_of(killed_run) == ([], [])
-    assert start(killed_run).state == RunState(), "killed before its first save, then resumed"
+    with pytest.raises(CheckpointError, match="step_000002 is of another run"):
+        start(killed_run)  # killed before its first save, then resumed
+    assert start(killed_run, resume=False).state == RunState()
     assert (killed_run / "checkpoints" / "step_000002").is_dir()
 
 

@@ -127,12 +127,12 @@ def test_logits_and_misfits(
     copy = retensor(variant(tied, tmp_path / "copy"), lambda t: t.update({"lm_head.weight": head.clone()}))
     other = retensor(variant(tied, tmp_path / "other"), lambda t: t.update({"lm_head.weight": head + 1}))
     misfits = [
-        (other, other),
         (extra, extra),
         (lacking, lacking),
         (narrow, narrow),
         (shallow, source),
         (hf_model("dense"), source),
+        (other, other),
     ]
     paths = [*(hf_model(name) for name in MODELS), copy]
     ((logits, messages),) = run_distributed(run_one_rank, 1, paths, sequences, misfits)
@@ -157,3 +157,4 @@ def test_logits_and_misfits(
         f"{source}: 66 tensors belong to no parameter of the model, first 'model.layers.2."
     )
     assert "'decoder.layers.mlp.linear_fc1.layer_norm_weight', layer 0 has no" in messages[4]
+    assert "'lm_head.weight'" in messages[5]
