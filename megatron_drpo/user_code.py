@@ -27,7 +27,9 @@ class Failure:
     reason: str
 
 
-def load_function(target: str, *, setting: str, known: str, argument: str) -> Callable[[Any], Any]:
+def load_function(
+    target: str, *, setting: str, known: str, argument: str, is_async: bool = False
+) -> Callable[[Any], Any]:
     """The function of one argument behind `module:function`.
 
     Its module is found on sys.path or in the current directory.
@@ -37,9 +39,11 @@ def load_function(target: str, *, setting: str, known: str, argument: str) -> Ca
         setting: begins every message: "reward.name=mine:score".
         known: the names that exist besides, for the message about another form.
         argument: what the function takes, in words: "the Rollout".
+        is_async: whether a call is awaited.
 
     Raises:
-        ConfigError: the target has another form, or there is no such module or function.
+        ConfigError: the target has another form, or there is no such module or function, or it is async and
+            must not be, or the other way round.
     """
     module_name, separator, function_name = target.partition(":")
     if not (module_name and separator and function_name):
@@ -56,7 +60,23 @@ def load_function(target: str, *, setting: str, known: str, argument: str) -> Ca
         inspect.signature(function).bind(None)
     except TypeError as error:
         raise ConfigError(f"{setting}: expected a function of one argument, {argument}: {error}") from None
+    _check_kind(function, f"{setting}: {function_name}", is_async=is_async)
     return function
+
+
+def _check_kind(function: Callable[..., Any], name: str, *, is_async: bool) -> None:
+    """
+    Raises:
+        ConfigError: a call would give a coroutine that nobody awaits, nothing to await, or a generator.
+    """
+    bodies = (function, getattr(function, "__call__", None))  # noqa: B004  an object's own
+    if any(inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body) for body in bodies):
+        raise ConfigError(f"{name} contains `yield`; expected a function that returns")
+    if any(map(inspect.iscoroutinefunction, bodies)) is not is_async:
+        found, wanted = (
+            ("a plain `def`", "an `async def`") if is_async else ("an `async def`", "a plain `def`")
+        )
+        raise ConfigError(f"{name} is {found}; expected {wanted}")
 
 
 def call_guarded(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Failure:

@@ -38,7 +38,11 @@ def load_rollout_function(target: str) -> RolloutFunction:
         ConfigError: there is no such function of one argument.
     """
     return load_function(
-        target, setting=f"rollout.function={target}", known="nothing", argument="the Conversation"
+        target,
+        setting=f"rollout.function={target}",
+        known="nothing",
+        argument="the Conversation",
+        is_async=True,
     )
 
 

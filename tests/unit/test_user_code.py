@@ -43,6 +43,50 @@ def test_problem_is_one_sentence(target: str, problem: str, write_module: Callab
     assert sentence.startswith(f"some.key={target}: {problem}")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_async", "problem"),
+    [
+        ("plain", False, None),
+        ("Plain()", False, None),
+        ("awaited", True, None),
+        ("Awaited()", True, None),
+        ("functools.partial(awaited, y=2)", True, None),
+        ("awaited", False, "is an `async def`; expected a plain `def`"),
+        ("Awaited()", False, "is an `async def`; expected a plain `def`"),
+        ("functools.partial(awaited, y=2)", False, "is an `async def`; expected a plain `def`"),
+        ("plain", True, "is a plain `def`; expected an `async def`"),
+        ("yields", False, "contains `yield`; expected a function that returns"),
+        ("yields_later", True, "contains `yield`; expected a function that returns"),
+    ],
+)
+def test_functions_that_are_awaited_and_those_that_are_not(
+    name: str, is_async: bool, problem: str | None, write_module: Callable[[str, str], None]
+) -> None:
+    source = (
+        "import functools\n"
+        "def plain(x): return 1.0\n"
+        "async def awaited(x, y=1): return 1.0\n"
+        "def yields(x): yield 1.0\n"
+        "async def yields_later(x): yield 1.0\n"
+        "class Plain:\n    def __call__(self, x): return 1.0\n"
+        "class Awaited:\n    async def __call__(self, x): return 1.0\n"
+    )
+    module = f"user_kind_{abs(hash((name, is_async)))}"
+    write_module(module, f"{source}target = {name}\n")
+
+    def load() -> object:
+        return load_function(
+            f"{module}:target", setting="some.key", known="one", argument="the Thing", is_async=is_async
+        )
+
+    if problem is None:
+        assert callable(load())
+        return
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert str(caught.value) == f"some.key: target {problem}"
+
+
 def test_guarded_call_says_what_and_where() -> None:
     assert call_guarded(divmod, 7, 2) == (3, 1)
     failure = call_guarded(int, "seven")
