@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_drpo.check_model import check_megatron, check_tokens, count_positions
 from megatron_drpo.checkpoint import check_checkpoint
 from megatron_drpo.config import (
     Advantage,
@@ -32,8 +33,7 @@ from megatron_drpo.models.load_megatron import check_megatron_weights
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.models.tied_head import check_tied_head
-from megatron_drpo.platform import build_platform
-from megatron_drpo.policy.model import check_megatron_overrides
+from megatron_drpo.policy.overrides import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
 from megatron_drpo.rewards.functions import check_reward, needs_answer
 from megatron_drpo.rollout.conversation import load_rollout_function
@@ -58,7 +58,10 @@ def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
         problems += _check_weights(config.policy.weights_path, mapping)
     if reads_prompts:
         problems += _check_data(config, architecture)
+    if architecture is not None and not problems:
+        problems += check_megatron(config, architecture)
     if config.train.mode is Mode.rl:
+        problems += [] if architecture is None else check_tokens(config.rollout, architecture)
         problems += _check_objective(config, architecture)
         problems += _check_groups(config)
         problems += _check_rollout(config)
@@ -71,11 +74,22 @@ def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
     return problems
 
 
+def refuse_problems(config: Config, problems: list[str]) -> None:
+    """Nothing if there are none.
+
+    Raises:
+        ConfigError: all problems, and the warnings, which the same hand may mend.
+    """
+    if problems:
+        raise ConfigError(*problems, warnings=warn_config(config))
+
+
 def warn_config(config: Config) -> list[str]:
-    """Settings that are allowed but hardly meant, as sentences."""
+    """Settings that are allowed but hardly meant, as sentences. Other settings may be broken."""
     warnings = []
     if config.train.mode is Mode.rl:
-        warnings += build_objective(config.algorithm).warnings()
+        if not any(config.algorithm.problems()) and not check_loss(config.algorithm.loss):
+            warnings += build_objective(config.algorithm).warnings()
         rollout = config.rollout
         truncations = [f"rollout.top_p={rollout.top_p}"] if rollout.top_p < 1 else []
         truncations += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k is not None else []
@@ -169,7 +183,8 @@ def _check_rollout(config: Config) -> list[str]:
                 f"rollout.sglang.python={rollout.sglang.python}: no such file; `make sglang-env` builds "
                 "SGLang's environment"
             )
-        on_cpu = build_platform(config.platform).name is PlatformName.cpu
+        has_gpu = torch.cuda.is_available()
+        on_cpu = config.platform is PlatformName.cpu or (config.platform is PlatformName.auto and not has_gpu)
         if not on_cpu and rollout.fleet.placement is Placement.local:
             problems += _check_gpus(config, torch.cuda.device_count())
         if rollout.deterministic and on_cpu:
@@ -269,6 +284,9 @@ def _check_data(config: Config, architecture: ArchitectureConfig | None) -> list
             tokenizer = load_tokenizer(config.policy.model_path)
         except ModelError as error:
             problems.append(f"policy.model_path: {error}")
+    room = None
+    if is_rl and architecture is not None:
+        room = count_positions(config.rollout, architecture)[0] - config.rollout.max_response_tokens
     paths = [config.data.train_path]
     if is_rl and config.data.eval_path is not None:
         paths.append(config.data.eval_path)
@@ -280,5 +298,6 @@ def _check_data(config: Config, architecture: ArchitectureConfig | None) -> list
             config.train.mode,
             needs_answer=is_rl and needs_answer(config.reward),
             vocab_size=None if architecture is None else architecture.vocab_size,
+            room=room if room is None or room > 0 else None,  # without room none of the prompts is at fault
         )
     return problems

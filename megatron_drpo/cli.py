@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_drpo.config import Config
-from megatron_drpo.config_io import load_config, to_yaml
+from megatron_drpo.config_io import read_config, to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError
 from megatron_drpo.upstream_warnings import ignore_expected_warnings
 
@@ -50,20 +50,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _load(arguments: list[str]) -> Config:
+    config, problems = read_config(arguments)
+    if problems:
+        from megatron_drpo.check import refuse_problems  # it imports torch
+
+        refuse_problems(config, problems)
+    return config
+
+
 def _train(arguments: list[str]) -> None:
-    config = load_config(arguments)
+    config = _load(arguments)
     from megatron_drpo.supervisor import supervise  # after the configuration: it imports torch
 
     supervise(config)
 
 
 def _check(arguments: list[str]) -> None:
-    config = load_config(arguments)
-    from megatron_drpo.check import check_config, warn_config
+    config = _load(arguments)
+    from megatron_drpo.check import check_config, refuse_problems, warn_config
 
-    problems = check_config(config)
-    if problems:
-        raise ConfigError(*problems)
+    refuse_problems(config, check_config(config))
     print(to_yaml(config), end="")
     for warning in warn_config(config):
         print(f"warning: {warning}", file=sys.stderr)
@@ -91,7 +98,7 @@ def _fleet(arguments: list[str]) -> None:
 def _fleet_up(arguments: list[str]) -> None:
     from megatron_drpo.rollout import fleet_command
 
-    fleet_command.up(load_config(arguments))
+    fleet_command.up(_load(arguments))
 
 
 def _fleet_down(arguments: list[str]) -> None:

@@ -12,12 +12,14 @@ what limits cannot; `Config` gathers all problems. Rules that need the model (he
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_drpo.errors import ConfigError
-from megatron_drpo.limits import Problems, Section, limits, number
+from megatron_drpo.limits import Problems, Section, file_path, host_name, limits, number
 
 MAX_STEPS = 10_000_000
 MAX_TOKENS = 2**24
@@ -65,9 +67,9 @@ class OnLongPrompt(StrEnum):
 
 @dataclass(kw_only=True)
 class DataConfig(Section):
-    train_path: str = ""
+    train_path: str = file_path("")
     """JSONL; a line has `prompt` (text) or `messages` (chat), `answer`, `response` (sft), free metadata."""
-    eval_path: str | None = None
+    eval_path: str | None = file_path(None)
     """Held-out JSONL of the same form."""
     on_bad_line: OnBadLine = OnBadLine.error
     """A line that is not valid: stop and name it, or skip and count it."""
@@ -96,7 +98,7 @@ class RolloutEngineName(StrEnum):
 class EmbeddedServerConfig(Section):
     """The server this project starts itself, backed by transformers (`rollout/embedded/`)."""
 
-    host: str = "127.0.0.1"
+    host: str = host_name("127.0.0.1")
     num_slots: int = number(64, at_least=1, at_most=4096)
     """Sequences decoded together."""
     num_threads: int = number(2, at_least=1, at_most=1024)
@@ -107,9 +109,9 @@ class EmbeddedServerConfig(Section):
 class SGLangServerConfig(Section):
     """The SGLang servers that this project starts (`make sglang-env` builds their environment)."""
 
-    python: str = ".venv-sglang/bin/python"
+    python: str = file_path(".venv-sglang/bin/python")
     """Interpreter of the environment that has sglang."""
-    host: str = "127.0.0.1"
+    host: str = host_name("127.0.0.1")
     tensor_parallel_size: int = number(1, at_least=1, at_most=1024)
     context_length: int | None = number(None, at_least=1, at_most=MAX_TOKENS)
     """Longest prompt with its response; not given: the model's own."""
@@ -155,7 +157,7 @@ class RolloutConfig(Section):
     """What is started if neither `endpoints` nor `fleet_file` is given: this project's server, or SGLang."""
     endpoints: list[str] = field(default_factory=list)
     """Base URLs of servers that others run, e.g. http://127.0.0.1:30000. Empty: start a fleet."""
-    fleet_file: str | None = None
+    fleet_file: str | None = file_path(None)
     """The fleet.json of a running fleet, see `megatron-drpo fleet up`; instead of `endpoints`."""
     api_key_env: str | None = None
     """Environment variable that holds the key which the servers ask for; servers we start get it as well."""
@@ -216,6 +218,8 @@ class RolloutConfig(Section):
         for url in self.endpoints:
             if not url.startswith(("http://", "https://")):
                 yield f"rollout.endpoints: {url!r} must start with http:// or https://"
+            elif not _names_a_server(url):
+                yield f"rollout.endpoints: {url!r} is not a URL such as http://127.0.0.1:30000"
 
     def _deterministic_problems(self) -> Problems:
         if not self.deterministic:
@@ -228,6 +232,14 @@ class RolloutConfig(Section):
                     f"rollout.{name}={getattr(self, name)}: rollout.deterministic=True needs 0, for what is "
                     "sampled would depend on time"
                 )
+
+
+def _names_a_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:  # of the port, or an IPv6 address
+        return False
 
 
 # -------------------------------------------------------------------------------------------- reward
@@ -372,7 +384,7 @@ class KlConfig(Section):
     coef: float = number(0.0, at_least=0, at_most=1000)
     """0: no reference policy is held."""
     estimator: KlEstimator = KlEstimator.k3
-    reference_path: str | None = None
+    reference_path: str | None = file_path(None)
     """HF folder of the reference policy; not given: what the policy starts from."""
 
 
@@ -449,9 +461,9 @@ class LogprobBackend(StrEnum):
 
 @dataclass(kw_only=True)
 class PolicyConfig(Section):
-    model_path: str = ""
+    model_path: str = file_path("")
     """HF folder: config.json, tokenizer, safetensors. Servers start from it."""
-    weights_path: str | None = None
+    weights_path: str | None = file_path(None)
     """torch_dist checkpoint, converted or of a run, whose weights the policy starts from; not given: those of
     model_path. Any parallel layout."""
     dtype: Dtype = Dtype.bf16
@@ -579,7 +591,7 @@ class WeightSyncConfig(Section):
     """Limit of each request and of each broadcast; a server that exceeds it is fenced."""
     verify_every: int = number(1, at_least=0, at_most=MAX_STEPS)
     """Compare checksums after every n-th sync; 0: never."""
-    host: str = "127.0.0.1"
+    host: str = host_name("127.0.0.1")
     """distributed: address of the first trainer rank, as servers reach it."""
     servers_per_group: int = number(1, at_least=1, at_most=10_000)
     """distributed: servers that share one broadcast. 1: a dead server never holds up another. More: fewer
@@ -597,7 +609,7 @@ class CheckpointConfig(Section):
     """Older checkpoints are deleted."""
     resume: bool = True
     """Continue from run_dir's latest checkpoint if there is one."""
-    load_path: str | None = None
+    load_path: str | None = file_path(None)
     """Start from the checkpoint of another run (a `step_N` folder), under this run's layout."""
     export_hf: bool = True
     """Write the final weights as an HF folder, run_dir/hf."""
@@ -644,13 +656,13 @@ class MetricsConfig(Section):
     """Live display on a terminal; plain lines otherwise."""
     prometheus_port: int | None = number(None, at_least=1, at_most=65_535)
     """Port at which rank 0 answers GET /metrics for Prometheus; not given: none."""
-    prometheus_host: str = "127.0.0.1"
+    prometheus_host: str = host_name("127.0.0.1")
     """Where it listens; 0.0.0.0 for a Prometheus on another machine."""
 
 
 @dataclass(kw_only=True)
 class Config(Section):
-    run_dir: str = "runs/default"
+    run_dir: str = file_path("runs/default")
     """Everything a run writes goes here."""
     seed: int = number(0, at_least=0, at_most=2**32 - 1)
     platform: PlatformName = PlatformName.auto
@@ -670,6 +682,7 @@ class Config(Section):
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
 
     def __post_init__(self) -> None:
+        self.expand_paths()
         problems = list(self.problems())
         if problems:
             raise ConfigError(*problems)

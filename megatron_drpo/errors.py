@@ -4,6 +4,10 @@ Each class also inherits the builtin it refines, so callers may catch either. A 
 wrong, where (key, file, line, rank, server) and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class DrpoError(Exception):
     """Base of all errors raised on purpose by megatron-drpo."""
@@ -14,16 +18,17 @@ class ConfigError(DrpoError, ValueError):
 
     Args:
         problems: one sentence per problem, each naming the key, its value and the rule.
+        warnings: sentences about settings that are allowed but hardly meant, told after the problems.
     """
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, warnings: Sequence[str] = ()) -> None:
         self.problems = problems
         if len(problems) == 1:
             message = problems[0]
         else:
             lines = "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
             message = f"{len(problems)} problems in the configuration:\n{lines}"
-        super().__init__(message)
+        super().__init__("\n".join([message, *(f"warning: {text}" for text in warnings)]))
 
 
 class DataError(DrpoError, ValueError):

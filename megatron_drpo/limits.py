@@ -1,17 +1,26 @@
-"""The numbers of a configuration: every one declares its limits beside its default, and one walk reads them.
+"""What a value of a configuration may be: declared beside its default, and read by one walk.
 
-A number is finite and within its limits; "no limit" is `null`, for the keys whose type allows it.
+A number is finite and within its limits; "no limit" is `null`, for the keys whose type allows it. Text can be
+written as UTF-8, a path names something that a file system can hold, a host something that can be looked up.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 Problems = Iterator[str]
 
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 4095
+"""Of a file's name and of a path on Linux and macOS."""
 
+
+_FORM = "form"
+"""Metadata of a text that has one: what is wrong with a value, if anything."""
 MAX_SHOWN = 200
 """Characters of a value in a message."""
 
@@ -34,6 +43,16 @@ def number(default: float | None, *, at_least: float, at_most: float) -> Any:
     return field(default=default, metadata=limits(at_least=at_least, at_most=at_most))
 
 
+def file_path(default: str | None) -> Any:
+    """A dataclass field that holds the path of a file or folder; `~` is a home folder."""
+    return field(default=default, metadata={_FORM: _path_rule})
+
+
+def host_name(default: str) -> Any:
+    """A dataclass field that holds the name or address of a machine."""
+    return field(default=default, metadata={_FORM: _host_rule})
+
+
 @dataclass(kw_only=True)
 class Section:
     """A part of the configuration, of numbers, other values and further sections."""
@@ -51,32 +70,78 @@ class Section:
         found = [problem for f in fields(self) for problem in self._problems_of(f, prefix)]
         yield from found or self.rules()
 
+    def expand_paths(self) -> None:
+        """`~` and `~user` at the head of a path become the home folder, in this section and those within."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Section):
+                value.expand_paths()
+            elif f.metadata.get(_FORM) is _path_rule and isinstance(value, str) and not _text_rule(value):
+                setattr(self, f.name, os.path.expanduser(value))
+
     def _problems_of(self, f: Field[Any], prefix: str) -> Problems:
         value = getattr(self, f.name)
         if isinstance(value, Section):
             yield from value.problems(f"{prefix}{f.name}.")
-        elif Limits in f.metadata and value is not None:
-            broken = [_broken_rule(item, f) for item in (value if isinstance(value, list) else [value])]
-            rule = next(filter(None, broken), None)
+        elif value is not None:
+            rules = (_broken_rule(item, f) for item in (value if isinstance(value, list) else [value]))
+            rule = next(filter(None, rules), None)
             if rule is not None:
-                yield f"{prefix}{f.name}={shown(value)}: must be {rule}"
-
-
-def _broken_rule(value: object, f: Field[Any]) -> str | None:
-    declared, allowed = str(f.type), f.metadata[Limits]
-    is_whole = "int" in declared
-    rule = f"at least {allowed.at_least} and at most {allowed.at_most}"
-    if "None" in declared:
-        rule += ", or null"
-    if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):  # a bool is an int
-        return f"a {'whole ' if is_whole else ''}number, {rule}"
-    return None if allowed.at_least <= value <= allowed.at_most else rule  # no comparison with NaN is true
+                yield f"{prefix}{f.name}={shown(value)}: must {rule}"
 
 
 def shown(value: object) -> str:
-    """A value as messages quote it; a long one is cut."""
+    """A value as messages quote it."""
     try:
-        text = str(value)
+        text = repr(value)
     except ValueError:  # Python writes no integer of over 4300 digits
         return "(a number of over 4300 digits)"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """The beginning of a long text."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def _broken_rule(value: object, f: Field[Any]) -> str | None:
+    if Limits in f.metadata:
+        return _number_rule(value, f.metadata[Limits], str(f.type))
+    if not isinstance(value, str):
+        return None
+    if value == f.default == "":  # what has no default is asked for by its section's rules
+        return None
+    return _text_rule(value) or f.metadata.get(_FORM, _text_rule)(value)
+
+
+def _number_rule(value: object, allowed: Limits, declared: str) -> str | None:
+    is_whole = "int" in declared
+    rule = f"be at least {allowed.at_least} and at most {allowed.at_most}"
+    if "None" in declared:
+        rule += ", or null"
+    if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):  # a bool is an int
+        return rule.replace("be", "be a whole number," if is_whole else "be a number,", 1)
+    return None if allowed.at_least <= value <= allowed.at_most else rule  # no comparison with NaN is true
+
+
+def _text_rule(value: str) -> str | None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "be text that can be written as UTF-8"
+    return "not contain a null character" if "\0" in value else None
+
+
+def _path_rule(value: str) -> str | None:
+    if not value:
+        return "name a file or folder"
+    if value.startswith("~"):  # expand_paths knows no such user
+        return "not begin with ~ and no user's name; write ./~ for a name that begins so"
+    longest = max(len(name.encode()) for name in value.split("/"))
+    if longest > MAX_NAME_BYTES or len(value.encode()) > MAX_PATH_BYTES:
+        return f"have at most {MAX_NAME_BYTES} bytes in each name and {MAX_PATH_BYTES} in all"
+    return None
+
+
+def _host_rule(value: str) -> str | None:
+    return None if re.fullmatch(r"[\w.:%\[\]-]{1,253}", value) else "be the name or address of a machine"

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_drpo.check import check_config
+from megatron_drpo.check import check_config, refuse_problems
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.config_io import to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError, RankError
@@ -30,9 +30,7 @@ def supervise(config: Config) -> None:
         RolloutError: a server did not start or died.
         RankError: a rank failed; it has printed why.
     """
-    problems = check_config(config)
-    if problems:
-        raise ConfigError(*problems)
+    refuse_problems(config, check_config(config))
     run_dir = Path(config.run_dir)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_drpo.check import check_config, warn_config
+from megatron_drpo.check import check_config, refuse_problems, warn_config
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.collective_wait import CollectiveWait, completes
 from megatron_drpo.colocation import SharedDevices
 from megatron_drpo.config import Config, Mode, RoutingReplay
-from megatron_drpo.config_io import load_config
+from megatron_drpo.config_io import read_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
@@ -303,16 +303,15 @@ def main() -> None:
     if SUPERVISOR_PID in os.environ:
         die_with_parent(int(os.environ[SUPERVISOR_PID]))
     try:
-        config = load_config(sys.argv[1:])
+        config, problems = read_config(sys.argv[1:])
         is_checked = SUPERVISOR_PID in os.environ or RankInfo.from_environment().rank > 0
-        problems = check_config(config, reads_prompts=not is_checked)
+        problems = problems or check_config(config, reads_prompts=not is_checked)
         if config.train.mode is Mode.rl and starts_fleet(config):
             problems.append(
                 "rollout.endpoints is empty and there is no rollout.fleet_file: a rank starts no server; "
                 "give the URLs of running ones, or start a fleet with `megatron-drpo fleet up`"
             )
-        if problems:
-            raise ConfigError(*problems)
+        refuse_problems(config, problems)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         run(config)
     except DrpoError as error:

@@ -228,7 +228,7 @@ _SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "intermediate_size": 96,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 2048,
     "initializer_range": 0.2,
 }
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}

@@ -94,11 +94,15 @@ def check_prompt_file(
     *,
     needs_answer: bool = False,
     vocab_size: int | None = None,
+    room: int | None = None,
 ) -> list[str]:
-    """Why `load_prompts` would refuse a file, one sentence each; empty if it would not.
+    """Why `load_prompts` would refuse a file, or a server one of its prompts; one sentence each.
 
     Without a tokenizer prompts are neither rendered nor tokenised: what only that can tell is not told. Other
     arguments as for `load_prompts`.
+
+    Args:
+        room: tokens that a prompt may have beside its response.
     """
     if not Path(path).is_file():
         return [f"{path}: no such file; expected a JSONL file of prompts"]
@@ -111,7 +115,20 @@ def check_prompt_file(
         return [f"{path}: cannot be read: {error.strerror}"]
     except DataError as error:
         return [str(error)]
-    return _find_problems(path, config, _tokenise(rendered, tokenizer, mode, vocab_size))
+    results = _tokenise(rendered, tokenizer, mode, vocab_size)
+    longest = max(
+        (result for result in results if isinstance(result, Prompt) and not _is_long(result, config)),
+        key=lambda prompt: len(prompt.token_ids),
+        default=None,
+    )
+    problems = _find_problems(path, config, results)
+    if room is not None and longest is not None and len(longest.token_ids) > room:
+        problems.append(
+            f"{path} line {longest.id + 1}: the prompt has {len(longest.token_ids)} tokens, but "
+            f"rollout.max_response_tokens leaves room for {room}; ask for shorter responses, or leave such "
+            f"prompts out with data.max_prompt_tokens={room}"
+        )
+    return problems
 
 
 def _find_problems(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -26,6 +24,8 @@ from megatron_drpo.platform import Platform
 from megatron_drpo.platform.cuda import has_fused_gradient_accumulation, has_transformer_engine
 from megatron_drpo.policy.layers import PackedAttention, RMSNorm
 
+_REFUSALS = (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What TransformerConfig raises for values that do not go together."""
 _DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 # Megatron pads the vocabulary so that its shards have equal, GEMM-friendly sizes.
 _VOCABULARY_MULTIPLE = 128
@@ -97,20 +97,8 @@ def build_transformer_config(
     values.update(config.policy.megatron_overrides)
     try:
         return TransformerConfig(**values)
-    except (ValueError, AssertionError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"Megatron refuses this configuration: {error}") from error
-
-
-def check_megatron_overrides(overrides: dict[str, Any]) -> list[str]:
-    """Unknown names in policy.megatron_overrides, as sentences."""
-    known = [f.name for f in fields(TransformerConfig)]
-    problems = []
-    for name in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"policy.megatron_overrides.{name}: not a field of TransformerConfig{hint}")
-    return problems
 
 
 def _recompute_fields(recompute: Recompute) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
-from megatron_drpo.check import _check_gpus, check_config, warn_config
+from megatron_drpo.check import _check_gpus, check_config, refuse_problems, warn_config
 from megatron_drpo.config import (
     Advantage,
     AlgorithmConfig,
@@ -41,6 +42,7 @@ from megatron_drpo.config import (
     WeightSyncConfig,
     WeightSyncPath,
 )
+from megatron_drpo.errors import ConfigError
 
 
 @pytest.fixture
@@ -71,6 +73,25 @@ def test_problems_of_every_kind_come_together(config: Config, tmp_path: Path) ->
     assert len(problems) == len(expected)
     for problem, text in zip(problems, expected, strict=True):
         assert text in problem
+
+
+def test_warnings_come_with_problems(config: Config) -> None:
+    config.algorithm = AlgorithmConfig(loss=LossConfig(delta=2.0))
+    refuse_problems(config, [])
+    with pytest.raises(ConfigError) as caught:
+        refuse_problems(config, ["a=1: is wrong"])
+    assert caught.value.problems == ("a=1: is wrong",)
+    first, warning = str(caught.value).splitlines()
+    assert first == "a=1: is wrong"
+    assert warning.startswith("warning: algorithm.loss.delta=2.0: ")
+
+
+@pytest.mark.parametrize("loss", [LossConfig(name="none"), LossConfig(delta=math.nan), LossConfig(delta=0.0)])
+def test_warnings_of_what_is_not_broken(config: Config, loss: LossConfig) -> None:
+    config.algorithm = AlgorithmConfig(loss=loss)
+    config.rollout = RolloutConfig(top_k=8)
+    (warning,) = warn_config(config)
+    assert warning.startswith("rollout.top_k=8: ")
 
 
 def test_sft_needs_responses_and_neither_loss_nor_reward(config: Config, tmp_path: Path) -> None:

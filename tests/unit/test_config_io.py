@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_drpo.config import Advantage, Config
-from megatron_drpo.config_io import load_config, to_yaml
+from megatron_drpo.config_io import OTHER_NAMES, _declared, load_config, read_config, to_yaml
 from megatron_drpo.errors import ConfigError
 
 NEEDED = ["data.train_path=train.jsonl", "policy.model_path=model"]
@@ -105,53 +105,74 @@ def test_resolved_yaml_loads_back_equal(tmp_path: Path) -> None:
     assert to_yaml(load_config([saved])) == to_yaml(config)
 
 
-@pytest.mark.parametrize(
-    ("argument", "problem"),
-    [
-        (
-            "xyz=1",
-            "xyz: unknown key (in command line)",
-        ),
-        (
-            "rollout.temprature=1",
-            "rollout.temprature: unknown key; did you mean rollout.temperature? (in command line)",
-        ),
-        (
-            "algorithm.loss.detla=1",
-            "algorithm.loss.detla: unknown key; did you mean algorithm.loss.delta? (in command line)",
-        ),
-        ("sede=1", "sede: unknown key; did you mean seed? (in command line)"),
-        (
-            "seed.x=1",
-            "seed={'x': 1}: Value '{'x': 1}' of type 'dict' could not be converted to Integer "
-            "(in command line)",
-        ),
-        (
-            "rollout=fast",
-            "rollout='fast': rollout is a section; set its keys, for example rollout.engine=... "
-            "(in command line)",
-        ),
-        (
-            "rollout.endpoints=http://127.0.0.1:30000",
-            "rollout.endpoints='http://127.0.0.1:30000': Invalid value assigned: str is not a ListConfig, "
-            "list or tuple. (in command line)",
-        ),
-        (
-            "train.num_steps=ten",
-            "train.num_steps='ten': Value 'ten' of type 'str' could not be converted to Integer "
-            "(in command line)",
-        ),
-        (
-            "rollout.deterministic=maybe",
-            "rollout.deterministic='maybe': Value 'maybe' is not a valid bool (type str) (in command line)",
-        ),
-        (
-            "reward.overlong=drop",
-            "reward.overlong='drop': Invalid value 'drop', expected one of [keep, mask, soft_penalty] "
-            "(in command line)",
-        ),
-    ],
-)
+ARGUMENTS_THAT_CANNOT_BE = [
+    (
+        "xyz=1",
+        "xyz: unknown key (in command line)",
+    ),
+    (
+        "rollout.temprature=1",
+        "rollout.temprature: unknown key; did you mean rollout.temperature? (in command line)",
+    ),
+    (
+        "algorithm.loss.detla=1",
+        "algorithm.loss.detla: unknown key; did you mean algorithm.loss.delta? (in command line)",
+    ),
+    ("sede=1", "sede: unknown key; did you mean seed? (in command line)"),
+    (
+        "seed.x=1",
+        "seed={'x': 1}: expected a whole number (in command line)",
+    ),
+    (
+        "rollout=fast",
+        "rollout='fast': rollout is a section; set its keys, for example rollout.engine=... "
+        "(in command line)",
+    ),
+    (
+        "rollout.endpoints=http://127.0.0.1:30000",
+        "rollout.endpoints='http://127.0.0.1:30000': expected a list, in brackets: [...] (in command line)",
+    ),
+    (
+        "train.num_steps=ten",
+        "train.num_steps='ten': expected a whole number (in command line)",
+    ),
+    (
+        "rollout.deterministic=maybe",
+        "rollout.deterministic='maybe': expected true or false (in command line)",
+    ),
+    (
+        "optimizer.clip_grad=none",
+        "optimizer.clip_grad='none': expected a number or null (in command line)",
+    ),
+    (
+        "policy.megatron_overrides=5",
+        "policy.megatron_overrides=5: expected a mapping, in braces: {name: value} (in command line)",
+    ),
+    (
+        "run_dir=[a]",
+        "run_dir=['a']: expected text (in command line)",
+    ),
+    (
+        "run_dir=null",
+        "run_dir=None: expected text (in command line)",
+    ),
+    (
+        "rollout.stop_token_ids=[1.5]",
+        "rollout.stop_token_ids=[1.5]: expected a list of whole numbers, in brackets: [...] "
+        "(in command line)",
+    ),
+    (
+        "rollout.oversampling=1" + "0" * 400,
+        "rollout.oversampling=1" + "0" * 199 + "... (401 characters): expected a number (in command line)",
+    ),
+    (
+        "reward.overlong=drop",
+        "reward.overlong='drop': expected one of keep, mask, soft_penalty (in command line)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "problem"), ARGUMENTS_THAT_CANNOT_BE)
 def test_argument_that_cannot_be(argument: str, problem: str) -> None:
     assert problems_of(argument) == (problem,)
 
@@ -192,10 +213,20 @@ def test_argument_that_is_no_yaml() -> None:
         ("seed: 1\nseed: 2\n", "not valid YAML"),
         ("\tseed: 1\n", "not valid YAML"),
         ("- seed\n", "expected a mapping of keys, found list"),
-        ("seed\n", "seed=None: field 'seed' is not Optional"),
+        ("seed\n", "seed=None: expected a whole number (in "),
         ("rollout:\n", "rollout=None: rollout is a section; set its keys, for example rollout.engine=..."),
         ("base: run.yaml\n", "its `base:` leads back to itself"),
         ("base: gone.yaml\n", "gone.yaml: no such file"),
+        ("base: .\n", "cannot be read: Is a directory"),
+        ("base: [a]\n", "['a']: no such file"),
+        ("5\n", "not valid YAML"),
+        ("seed: " + "1" * 5000, "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("seed: &a [*a]\n", "not valid YAML"),
+        ("seed: \x00\n", "not valid YAML"),
+        ("? [1, 2]\n: 3\n", "not valid YAML"),
+        ("1: 2\n", "1: unknown key"),
+        ("sampling: {temperature: 1}\n", "sampling: unknown key; did you mean rollout? (in "),
     ],
 )
 def test_file_that_cannot_be(tmp_path: Path, text: str, problem: str) -> None:
@@ -204,12 +235,87 @@ def test_file_that_cannot_be(tmp_path: Path, text: str, problem: str) -> None:
     assert str(tmp_path) in found
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "seed: 0x" + "f" * 5000,
+            "seed=(a number of over 4300 digits): must be at least 0 and at most 4294967295",
+        ),
+        ("seed: ${seed}\n", "seed: Recursive interpolation detected"),
+        ('run_dir: "\\ud83d"\n', "run_dir='\\ud83d': must be text that can be written as UTF-8"),
+    ],
+)
+def test_value_that_cannot_be(tmp_path: Path, text: str, problem: str) -> None:
+    assert problems_of(write(tmp_path / "run.yaml", text)) == (problem,)
+
+
 def test_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert load_config([write(tmp_path / "run.yaml", ""), *NEEDED]) == load_config(NEEDED)
 
 
 def test_missing_file() -> None:
     assert problems_of("config=gone.yaml") == ("config=gone.yaml: no such file",)
+    assert problems_of("config=") == ("config=: cannot be read: Is a directory",)
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert problems_of(f"config={tmp_path}") == (f"config={tmp_path}: cannot be read: Is a directory",)
+    (problem,) = problems_of(f"config={'x' * 300}.yaml")
+    assert problem.endswith("... (305 characters): cannot be read: File name too long")
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("run_dir: läufe\n".encode("latin-1"))
+    assert problems_of(f"config={path}") == (
+        f"config={path}: not UTF-8 text: invalid continuation byte at byte 10",
+    )
+    path.write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert load_config([f"config={path}", *NEEDED]).seed == 3, "a byte order mark is none of the text"
+
+
+def test_home_folders_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "base.yaml", "seed: 1\n")
+    write(
+        tmp_path / "run.yaml", "base: ~/base.yaml\nrun_dir: ~/run\ndata: {train_path: '${run_dir}/a.jsonl'}\n"
+    )
+    config = load_config(["config=~/run.yaml", "policy.model_path=~/model", "checkpoint.load_path=~/old"])
+    assert config.seed == 1
+    assert config.run_dir == f"{tmp_path}/run"
+    assert config.data.train_path == f"{tmp_path}/run/a.jsonl"
+    assert config.policy.model_path == f"{tmp_path}/model"
+    assert config.checkpoint.load_path == f"{tmp_path}/old"
+    assert load_config([write(tmp_path / "resolved.yaml", to_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("learning-rate", "optimizer.lr"),
+        ("train.lr", "optimizer.lr"),
+        ("optimizer.max_grad_norm", "optimizer.clip_grad"),
+        ("parallel.tp", "parallel.tensor_parallel_size"),
+        ("train.batch_size", "rollout.num_prompts_per_step"),
+        ("rollout.max_new_tokens", "rollout.max_response_tokens"),
+        ("rollout.train_path", "data.train_path"),
+        ("num_steps", "train.num_steps"),
+        ("rollout.engine_args", "rollout.engine"),
+    ],
+)
+def test_key_that_is_meant(key: str, meant: str) -> None:
+    assert problems_of(f"{key}=1") == (f"{key}: unknown key; did you mean {meant}? (in command line)",)
+
+
+def test_other_names_lead_to_keys_and_are_none() -> None:
+    keys = _declared()
+    assert {name for name in OTHER_NAMES.values() if name not in keys} == set()
+    assert OTHER_NAMES.keys() & {key.rpartition(".")[2] for key in keys} == set()
+
+
+def test_problems_leave_the_values_that_could_be_read() -> None:
+    config, problems = read_config(["algorithm.loss.delta=2", "sede=1", "train.num_steps=0", *NEEDED])
+    assert config.algorithm.loss.delta == 2.0
+    assert [problem.split(":")[0] for problem in problems] == ["sede", "train.num_steps=0"]
 
 
 def test_unknown_interpolation_is_an_error(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from megatron_drpo.policy.model import (
     PolicyModel,
     build_model_chunks,
     build_transformer_config,
-    check_megatron_overrides,
     padded_vocabulary_size,
     unwrap,
     wrap_data_parallel,
@@ -239,15 +238,6 @@ def test_tied_embeddings_share_one_parameter(build_model: Callable[..., PolicyMo
 )
 def test_padded_vocabulary(vocab_size: int, tensor_size: int, expected: int) -> None:
     assert padded_vocabulary_size(vocab_size, tensor_size) == expected
-
-
-def test_unknown_overrides_name_the_nearest_field() -> None:
-    problems = check_megatron_overrides({"moe_router_topkk": 2, "moe_aux_loss_coeff": 0.0, "zzzz": 1})
-    assert problems == [
-        "policy.megatron_overrides.moe_router_topkk: not a field of TransformerConfig; "
-        "did you mean moe_router_topk?",
-        "policy.megatron_overrides.zzzz: not a field of TransformerConfig",
-    ]
 
 
 def test_overrides_come_last_and_act(
