@@ -149,8 +149,6 @@ def _check_replay(config: Config, architecture: ArchitectureConfig | None) -> li
         problems.append(f"{key}: the model of policy.model_path has no experts")
     if replay is RoutingReplay.recomputed and config.algorithm.anchor is not Anchor.recomputed:
         problems.append(f"{key} needs algorithm.anchor=recomputed: it replays that pass")
-    if replay is RoutingReplay.rollout and config.rollout.engine is RolloutEngineName.embedded:
-        problems.append(f"{key} needs rollout.engine=sglang: the embedded server does not report experts")
     if config.policy.megatron_overrides.get("moe_router_fusion"):
         problems.append(f"{key}: policy.megatron_overrides.moe_router_fusion must be off, it asks nobody")
     return problems

@@ -8,6 +8,12 @@ reset, HTTP 500. Afterwards it must hold that the run completed; that every prom
 in order, with all its samples; that every token carries the policy version of its step, and that the
 trainer's own logprobs of it say the same; and that no process is left. Needs `make sglang-env`. Exit status 1
 if something does not hold.
+
+The trainer replays the experts that the servers chose (policy.routing_replay=rollout). Where a router's
+logits are equal within rounding, server and trainer may choose different experts under the same weights, and
+the logprobs of that token and of those after it differ by up to 0.1, as with stale weights. With the experts
+replayed only other weights are left as a reason. What the trainer's routers would have chosen otherwise is
+counted and shown.
 """
 
 from __future__ import annotations
@@ -39,8 +45,15 @@ PATHS = {
 }
 PROMPTS = "examples/data/arithmetic_train.jsonl"
 NUM_PROMPTS, NUM_SAMPLES = 8, 4
+NUM_LAYERS = 4
+"""Of the model, each with experts."""
 MAX_MISMATCH = 1e-5
-"""Mean |logprobs - rollout_logprobs| in fp32: tokens of other weights differ by far more."""
+"""Mean |logprobs - rollout_logprobs| of a step in fp32: tokens of other weights differ by far more."""
+MAX_TOKEN_MISMATCH = 1e-4
+"""|logprob - rollout_logprob| of any token: one token of other weights is seen among hundreds."""
+MIN_AGREEMENT = 0.999
+"""Share of a step's experts that the trainer's routers would have chosen too: ties are far rarer than this,
+other weights or another router are not."""
 FAULT_TIMEOUT_S = 400.0
 PAUSE_S = 0.5
 
@@ -53,6 +66,10 @@ class Outcome:
 
     faults: list[str] = field(default_factory=list)
     num_steps: int = 0
+    num_choices: int = 0
+    """Of routers: tokens times layers."""
+    num_ties: int = 0
+    """Of them, where the trainer's router would have chosen other experts than the server's did."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -84,7 +101,7 @@ def run(folder: Path, faults: list[str], *, num_servers: int, seed: int) -> Outc
     """The run and its harm; `folder` gets the model, the run folder and logs."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
-    write_tiny_moe(model, seed=seed)
+    write_tiny_moe(model, num_layers=NUM_LAYERS, seed=seed)
     chaos = folder / f"chaos_{uuid.uuid4().hex[:6]}"
     chaos.mkdir()
     python = write_interpreter(chaos, ROOT / ".venv-sglang" / "bin" / "python")
@@ -104,6 +121,7 @@ def run(folder: Path, faults: list[str], *, num_servers: int, seed: int) -> Outc
             kill_all(marked_processes(mark))
     if not outcome.problems:
         outcome.problems += find_problems(job, num_steps, seed)
+        outcome.num_choices, outcome.num_ties = count_ties(job.metrics())
     orphans = wait_for_orphans(mark)
     outcome.problems += [f"process {orphan.pid} is left: {orphan.cmdline()}" for orphan in orphans]
     kill_all(orphans)
@@ -117,6 +135,7 @@ def overrides(model: Path, python: Path, num_servers: int, num_steps: int, seed:
         f"data.train_path={PROMPTS}",
         f"policy.model_path={model}",
         "policy.dtype=fp32",
+        "policy.routing_replay=rollout",
         "rollout.engine=sglang",
         f"rollout.sglang.python={python}",
         "rollout.sglang.context_length=128",
@@ -184,17 +203,42 @@ def find_problems(job: Run, num_steps: int, seed: int) -> list[str]:
         versions = {version for record in records for version, _ in record["policy_versions"]}
         if versions != {step - 1}:
             problems.append(f"step {step} trained tokens of policy versions {sorted(versions)}")
-    for record in job.metrics():
-        mismatch = record["mismatch/logprob_abs_mean"]
-        if mismatch > MAX_MISMATCH:
-            problems.append(f"step {record['step']}: mean |logprobs - rollout_logprobs| is {mismatch:.2g}")
+    return problems + find_mismatches(job.metrics())
+
+
+def find_mismatches(metrics: list[dict[str, Any]]) -> list[str]:
+    """Steps with tokens that were not sampled by the weights that trained them."""
+    problems = []
+    for record in metrics:
+        mean, largest = record["mismatch/logprob_abs_mean"], record["mismatch/logprob_abs_max"]
+        if mean > MAX_MISMATCH or largest > MAX_TOKEN_MISMATCH:
+            problems.append(
+                f"step {record['step']}: |logprobs - rollout_logprobs| is {mean:.2g} on average and at most "
+                f"{largest:.2g}, with the server's experts"
+            )
+        if record["routing/agreement"] < MIN_AGREEMENT:
+            problems.append(
+                f"step {record['step']}: {1 - record['routing/agreement']:.2%} of the routers' choices are "
+                "not the server's: too many for ties"
+            )
     return problems
+
+
+def count_ties(metrics: list[dict[str, Any]]) -> tuple[int, int]:
+    """Choices of the routers, of which a sequence's last token has none; those that are not the server's."""
+    num_choices = num_ties = 0
+    for record in metrics:
+        choices = NUM_LAYERS * int(record["data/num_tokens"] - record["data/num_samples"])
+        num_choices += choices
+        num_ties += round((1 - record["routing/agreement"]) * choices)
+    return num_choices, num_ties
 
 
 def show(outcome: Outcome) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("faults", str(len(outcome.faults)))
     table.add_row("steps", str(outcome.num_steps))
+    table.add_row("router ties", f"{outcome.num_ties} of {outcome.num_choices:,} choices fell differently")
     table.add_row("time", f"{outcome.seconds:.0f} s")
     console.print(table)
     for problem in outcome.problems:

@@ -332,7 +332,7 @@ def test_gpus_for_trainer_and_servers(
 @pytest.mark.parametrize(
     ("replay", "changes", "expected"),
     [
-        (RoutingReplay.rollout, {}, ["needs rollout.engine=sglang: the embedded server does not report"]),
+        (RoutingReplay.rollout, {}, []),
         (RoutingReplay.recomputed, {}, ["needs algorithm.anchor=recomputed"]),
         (RoutingReplay.recomputed, {"algorithm": AlgorithmConfig(anchor=Anchor.recomputed)}, []),
         (

@@ -200,7 +200,9 @@ class Generator:
             self._active.append(self._waiting.popleft())
         if len(self._active) > first:
             prompts = [result.request.prompt for _, result in self._active[first:]]
-            self._runner.prefill(prompts, rows=list(range(first, len(self._active))))
+            routes = self._runner.prefill(prompts, rows=list(range(first, len(self._active))))
+            for row, part in routes.items():
+                self._active[row][1].add_routes(part)
             self._sampling = None
 
     @torch.inference_mode()
@@ -213,6 +215,9 @@ class Generator:
             [(result.token_ids or result.request.prompt)[-1] for result in results],
             [len(result.request.prompt) - 1 + n for result, n in zip(results, num_sampled, strict=True)],
         )
+        if self._runner.has_routers and any(result.request.return_routes for result in results):
+            for result, part in zip(results, self._runner.routes().split(1), strict=True):
+                result.add_routes(part)
         columns = (column.tolist() for column in self._sampling.sample(logits_AV, num_sampled))
         for result, token, logprob, topk_logprobs, topk_ids in zip(results, *columns, strict=True):
             params = result.request.params

@@ -6,11 +6,15 @@ https://docs.sglang.io/basic_usage/sampling_params.html.
 
 from __future__ import annotations
 
+import base64
 import math
 import secrets
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.embedded.sampling import SamplingParams
@@ -39,6 +43,8 @@ class SampleRequest:
     rid: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    return_routes: bool = False
+    """Report the experts of every token of prompt and response but the last."""
 
 
 @dataclass(slots=True)
@@ -53,6 +59,8 @@ class SampleResult:
     topk_ids: list[list[int]] = field(default_factory=list)
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(weight version, first token, end), without gaps."""
+    routes: list[torch.Tensor] = field(default_factory=list)
+    """[_, layers, K] each, one after the other: experts of the tokens so far, if they were asked for."""
     finish_reason: dict[str, Any] | None = None
     is_aborted: bool = False
     """It ends with its next token, whatever that is."""
@@ -63,6 +71,11 @@ class SampleResult:
         is_alone = self.finish_reason is not None and not self.version_spans
         if len(self.token_ids) > start or is_alone:
             self.version_spans.append((version, start, len(self.token_ids)))
+
+    def add_routes(self, routes: Int[torch.Tensor, "_ layers K"]) -> None:
+        """Experts of the next tokens; kept if they were asked for."""
+        if self.request.return_routes:
+            self.routes.append(routes)
 
 
 def parse_generate(body: dict[str, Any], limits: ModelLimits) -> tuple[list[SampleRequest], bool]:
@@ -82,8 +95,9 @@ def parse_generate(body: dict[str, Any], limits: ModelLimits) -> tuple[list[Samp
     if len(per_sample) != len(prompts):
         raise BadRequest(f"{len(prompts)} prompts, but {len(per_sample)} sampling_params")
     topk = _topk(body.get("top_logprobs_num"), len(prompts), limits)
+    return_routes = bool(body.get("return_routed_experts"))
     return [
-        _parse_sample(rid, prompt, sample_params, num_topk, limits)
+        replace(_parse_sample(rid, prompt, sample_params, num_topk, limits), return_routes=return_routes)
         for rid, prompt, sample_params, num_topk in zip(rids, prompts, per_sample, topk, strict=True)
     ], is_batch
 
@@ -106,6 +120,9 @@ def render_result(result: SampleResult, seconds: float) -> dict[str, Any]:
     if result.request.params.num_topk:
         rows = zip(result.topk_logprobs, result.topk_ids, strict=True)
         meta_info["output_top_logprobs"] = [_entries(logprobs, ids) for logprobs, ids in rows]
+    if result.routes:
+        routes = torch.cat(result.routes).to(torch.int32)
+        meta_info["routed_experts"] = base64.b64encode(routes.numpy().tobytes()).decode()
     return {"output_ids": result.token_ids, "meta_info": meta_info}
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from megatron_drpo.errors import ModelError
+from megatron_drpo.rollout.embedded.routing import RouteRecorder
 
 _PREFILL_TOKENS = 8192
 """Padded tokens of one prefill forward."""
@@ -49,7 +50,13 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
         self.model = model
         self._num_slots = num_slots
+        self._recorder = RouteRecorder(model)
         self.reset()
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether the model has experts to choose from."""
+        return self._recorder.has_routers
 
     def reset(self) -> None:
         """Forget all rows and free their memory."""
@@ -58,11 +65,17 @@ class ModelRunner:
         self._cache = Cache(layers=list(layers))
 
     @torch.inference_mode()
-    def prefill(self, prompts: list[tuple[int, ...]], rows: list[int]) -> None:
+    def prefill(
+        self, prompts: list[tuple[int, ...]], rows: list[int]
+    ) -> dict[int, Int[torch.Tensor, "L layers K"]]:
         """Write the keys and values of all prompt tokens but the last (`decode` takes that) into `rows`.
 
         Equal prompts are computed once.
+
+        Returns:
+            The experts of these tokens by row, for prompts of at least two tokens of a model with routers.
         """
+        routes: dict[int, torch.Tensor] = {}
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for prompt, row in zip(prompts, rows, strict=True):
             if len(prompt) > 1:
@@ -75,11 +88,15 @@ class ModelRunner:
             self.model(input_ids=ids_UL, past_key_values=computed, use_cache=True, logits_to_keep=1)
             source = [u for u, prompt in enumerate(chunk) for _ in rows_of[prompt]]
             target = [row for prompt in chunk for row in rows_of[prompt]]
+            if self.has_routers:
+                routes_UL = self._recorder.routes().unflatten(0, ids_UL.shape)
+                routes |= {row: routes_UL[u, : len(chunk[u])] for u, row in zip(source, target, strict=True)}
             for layer, new in zip(self._layers, computed.layers, strict=True):
                 assert isinstance(new, DynamicLayer)
                 assert new.keys is not None
                 assert new.values is not None
                 layer.write_prompts(new.keys[source], new.values[source], target)
+        return routes
 
     @torch.inference_mode()
     def decode(self, tokens: list[int], positions: list[int]) -> Float[torch.Tensor, "A V"]:
@@ -97,6 +114,10 @@ class ModelRunner:
             use_cache=True,
         )
         return output.logits[:, -1]
+
+    def routes(self) -> Int[torch.Tensor, "A layers K"]:
+        """The experts of the tokens that the latest `decode` was given; only of a model with routers."""
+        return self._recorder.routes()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

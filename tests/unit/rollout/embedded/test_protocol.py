@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_drpo.rollout.embedded.protocol import (
     BadRequest,
@@ -126,6 +128,25 @@ def test_most_probable_ids_are_triples_like_the_sampled_ones() -> None:
     ]
     [result.request] = parse(input_ids=[3], sampling_params=params)
     assert "output_top_logprobs" not in render_result(result, 0.0)["meta_info"]
+
+
+def test_routes_are_int32_in_base64_where_they_are_asked_for() -> None:
+    """One after the other, as the tokens came: [L-1, layers, K]."""
+    params = {"max_new_tokens": 9}
+    first, second = torch.tensor([[[0, 1], [2, 3]], [[3, 0], [1, 0]]]), torch.tensor([[[1, 2], [0, 300]]])
+    for asked in (True, False):
+        [sample] = parse(input_ids=[3, 5], sampling_params=params, return_routed_experts=asked)
+        result = SampleResult(sample, token_ids=[2, 4], logprobs=[-0.5, -1.0])
+        result.add_routes(first)
+        result.add_routes(second)
+        result.finish_reason = {"type": "stop", "matched": 4}
+        result.close_span("0")
+        meta = render_result(result, 0.0)["meta_info"]
+        if asked:
+            values = torch.frombuffer(bytearray(base64.b64decode(meta["routed_experts"])), dtype=torch.int32)
+            assert torch.equal(values.view(3, 2, 2), torch.cat([first, second]).int())
+        else:
+            assert "routed_experts" not in meta
 
 
 def test_a_response_without_tokens_still_has_a_version() -> None:

@@ -81,6 +81,28 @@ def test_prefill_in_several_chunks(
     decode_and_compare(runner, reference, prompts, num_steps=1)
 
 
+def test_routes_are_the_experts_of_each_token(
+    runner: ModelRunner, reference: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the routers' logits in a plain forward; of padded and equal prompts, in two chunks, and of decoded
+    tokens."""
+    monkeypatch.setattr(runner_module, "_PREFILL_TOKENS", 12)
+    prompts = [[5, 6, 7], [9], list(range(2, 14)), [5, 6, 7], [8, 3, 8, 3, 8]]
+
+    def expected(tokens: list[int]) -> torch.Tensor:
+        logits = reference(input_ids=torch.tensor([tokens]), output_router_logits=True).router_logits
+        return torch.stack([layer.topk(2).indices for layer in logits], 1)
+
+    runner.reset()
+    routes = runner.prefill([tuple(prompt) for prompt in prompts], rows=[0, 1, 2, 3, 4])
+    assert sorted(routes) == [0, 2, 3, 4], "a prompt of one token has nothing to prefill"
+    for row, part in routes.items():
+        torch.testing.assert_close(part, expected(prompts[row][:-1]))
+    runner.decode([prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts])
+    for prompt, part in zip(prompts, runner.routes(), strict=True):
+        torch.testing.assert_close(part, expected(prompt)[-1])
+
+
 def test_experts_whose_rows_are_not_aligned_are_served(tmp_path: Path) -> None:
     """grouped_mm refuses rows that are no multiple of 16 bytes."""
     config = AutoConfig.for_model(
