@@ -150,6 +150,7 @@ def test_a_run(
     """The servers that a run starts for itself."""
     cluster.add_node(num_cpus=2)
     arguments = run_arguments(
+        "policy.routing_replay=rollout",
         "rollout.fleet.placement=ray",
         f"rollout.fleet.ray_address={cluster.address}",
         "rollout.fleet.num_servers=2",

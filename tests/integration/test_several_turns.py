@@ -23,6 +23,7 @@ def test_the_example_asks_again_and_trains_on_answers_alone(
     monkeypatch.chdir(ROOT)  # where the example's module is looked for
     train(
         run_arguments(
+            "policy.routing_replay=rollout",  # a router's tie would be a difference of its own
             "rollout.function=examples.second_try:ask",
             "reward.name=examples.second_try:score",
             "rollout.max_response_tokens=14",  # an answer of 5 tokens, a question of 4, an answer of 5

@@ -16,6 +16,7 @@ from tools.tiny_model import write_tiny_moe
 
 ROOT = Path(__file__).parents[2]
 MAX_MISMATCH = 1e-5
+MIN_AGREEMENT = 0.99
 NUM_PROMPTS = 8
 
 
@@ -50,6 +51,7 @@ def test_tokens_are_those_of_the_trainers_weights(
             "data.train_path=examples/data/arithmetic_train.jsonl",
         ),
         *(f"policy.model_path={arithmetic_model}", "policy.dtype=fp32", "optimizer.lr=1e-3"),
+        "policy.routing_replay=rollout",  # a router's tie is no other version of the weights
         *(f"rollout.fleet_file={fleet.path}", f"rollout.max_staleness={max_staleness}"),
         *(f"rollout.colocated={colocated}", "checkpoint.save_every_steps=2"),
         *(f"weight_sync.path={path}", "weight_sync.verify_every=1"),
@@ -74,4 +76,5 @@ def test_tokens_are_those_of_the_trainers_weights(
     for step in steps:
         if max_staleness == 0:  # else the weights have changed since
             assert step["mismatch/first_update_logprob_abs_mean"] <= MAX_MISMATCH
+            assert step["routing/agreement"] > MIN_AGREEMENT
         assert step["optimizer/grad_norm"] > 0
