@@ -190,7 +190,6 @@ class Proof:
             f"eval.every_steps={RESHARD_STEP}",
             f"policy.model_path={model}",
             "policy.dtype=fp32",
-            "policy.routing_replay=rollout",  # layouts round differently, which may decide a router's tie
             "optimizer.lr=1e-3",
             "train.num_updates_per_step=2",  # the second update of a step is off-policy
             "algorithm.advantage=uncentred",
