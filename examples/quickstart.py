@@ -196,7 +196,10 @@ def show(outcome: Outcome, run_dir: Path, problems: list[str], *, seconds: float
     table = Table.grid(padding=(0, 2))
     table.add_row("[dim]held-out accuracy[/]", f"[bold]{outcome.before:.1%} → {outcome.after:.1%}[/]")
     table.add_row("[dim]the export, with transformers[/]", f"{outcome.exported:.1%}")
-    table.add_row("[dim]train/rollout mismatch[/]", f"{outcome.mismatch:.1e} per logprob (mean of a step, median of all)")
+    table.add_row(
+        "[dim]train/rollout mismatch[/]",
+        f"{outcome.mismatch:.1e} per logprob (mean of a step, median of all)",
+    )
     table.add_row("[dim]trainer overhead[/]", f"{outcome.overhead:.1%} of a step's time (median)")
     table.add_row("[dim]time[/]", f"{int(seconds) // 60} min {int(seconds) % 60} s")
     table.add_row()

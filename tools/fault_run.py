@@ -54,7 +54,8 @@ MAX_TOKEN_MISMATCH = 1e-4
 MIN_AGREEMENT = 0.999
 """Share of a step's experts that the trainer's routers would have chosen too: ties are far rarer than this,
 other weights or another router are not."""
-FAULT_TIMEOUT_S = 400.0
+FAULT_TIMEOUT_S = 900.0
+"""Two servers may have to start anew, each in 30 s on two idle cores and in minutes on busy ones."""
 PAUSE_S = 0.5
 
 console = Console(highlight=False)
@@ -145,7 +146,7 @@ def overrides(model: Path, python: Path, num_servers: int, num_steps: int, seed:
         "rollout.fleet.health_timeout_s=20",
         "rollout.fleet.max_failures=100",
         "rollout.fleet.restart_backoff_s=0.1",
-        "rollout.startup_timeout_s=300",
+        "rollout.startup_timeout_s=600",
         f"rollout.num_prompts_per_step={NUM_PROMPTS}",
         f"rollout.num_samples_per_prompt={NUM_SAMPLES}",
         "rollout.max_response_tokens=16",

@@ -20,7 +20,7 @@ MARK = "MEGATRON_DRPO_KILL_RESUME"
 """Environment variable by which all processes of a run are recognised, orphans included."""
 TRAIN = (sys.executable, "-m", "megatron_drpo.cli", "train")
 TIMES = ("time/", "throughput/")
-RUN_TIMEOUT_S = 600.0
+RUN_TIMEOUT_S = 1200.0
 ORPHAN_TIMEOUT_S = 10.0
 
 
