@@ -198,7 +198,7 @@ def show(outcome: Outcome, run_dir: Path, problems: list[str], *, seconds: float
     table.add_row("[dim]the export, with transformers[/]", f"{outcome.exported:.1%}")
     table.add_row(
         "[dim]train/rollout mismatch[/]",
-        f"{outcome.mismatch:.1e} per logprob (mean of a step, median of all)",
+        f"{outcome.mismatch:.1e} per logprob (median of the steps)",
     )
     table.add_row("[dim]trainer overhead[/]", f"{outcome.overhead:.1%} of a step's time (median)")
     table.add_row("[dim]time[/]", f"{int(seconds) // 60} min {int(seconds) % 60} s")
