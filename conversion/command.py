@@ -17,6 +17,7 @@ from rich.table import Table
 from conversion.plan import UNIT_BYTES
 from conversion.run import Conversion, run_conversion
 from megatron_drpo.errors import DrpoError
+from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.upstream_warnings import ignore_expected_warnings
 
@@ -63,9 +64,10 @@ def run_command(action: Callable[[], None], *, is_resumable: bool) -> int:
         is_resumable: the command may be repeated after an interruption.
     """
     ignore_expected_warnings()
-    hint = "; the same command goes on from here" if is_resumable else ""
+    hint = "the same command goes on from here" if is_resumable else ""
     try:
-        action()
+        with ends_in_order_on_sigterm(lambda: hint):
+            action()
     except DrpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -73,11 +75,12 @@ def run_command(action: Callable[[], None], *, is_resumable: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"{error.filename or 'disk'}: {error.strerror}{hint}", file=sys.stderr)
+        print(
+            "; ".join(filter(None, [f"{error.filename or 'disk'}: {error.strerror}", hint])), file=sys.stderr
+        )
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted{hint}", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as error:
+        return tell_end(error)
     return 0
 
 

@@ -28,7 +28,7 @@ from rich.progress import (
 from conversion.plan import Unit
 from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.lifetime import die_with_parent
+from megatron_drpo.lifetime import Terminated, die_with_parent
 
 Work = Callable[[Any, Callable[[int], None]], Any]
 """Does one job and returns what the parent needs; calls the second argument with bytes as they are done."""
@@ -102,7 +102,7 @@ def run_jobs(
         futures = {pool.submit(_do, job): job for job in jobs}
         # Read without its lock: a worker may be killed while it holds that.
         yield from _as_completed(futures, lambda: show(counter.get_obj().value))
-    except (KeyboardInterrupt, GeneratorExit):  # nobody waits for the rest
+    except (KeyboardInterrupt, Terminated, GeneratorExit):  # nobody waits for the rest
         for process in multiprocessing.active_children():
             process.kill()
         raise
@@ -129,7 +129,8 @@ def _as_completed(futures: dict[Future[Any], Any], tick: Callable[[], None]) -> 
 
 
 def _start_worker(work: Work, counter: Any, parent_pid: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent_pid)
     torch.set_num_threads(1)  # OpenMP hangs in a fork of a process that has used its threads
     _Worker.work = work

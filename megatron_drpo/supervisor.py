@@ -8,7 +8,6 @@ import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,8 +17,11 @@ from megatron_drpo.check import check_config, refuse_problems
 from megatron_drpo.config import Config, Mode
 from megatron_drpo.config_io import to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError, RankError
-from megatron_drpo.lifetime import SUPERVISOR_PID
+from megatron_drpo.lifetime import SUPERVISOR_PID, Terminated, ends_in_order_on_sigterm
 from megatron_drpo.rollout.launch import build_fleet, starts_fleet
+
+_LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""For which torch's launcher installs handlers that stay."""
 
 
 def supervise(config: Config) -> None:
@@ -29,8 +31,14 @@ def supervise(config: Config) -> None:
         ConfigError: anything wrong that can be known beforehand; nothing was started or written then.
         RolloutError: a server did not start or died.
         RankError: a rank failed; it has printed why.
+        Terminated, KeyboardInterrupt: by a signal; a note says what is kept.
     """
     refuse_problems(config, check_config(config))
+    with ends_in_order_on_sigterm(lambda: _what_is_kept(config)):
+        _run(config)
+
+
+def _run(config: Config) -> None:
     run_dir = Path(config.run_dir)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -54,7 +62,7 @@ def _run_ranks(config: Config, overrides: list[str]) -> None:
     num_ranks = config.parallel.world_size
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[SUPERVISOR_PID] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_launcher()
     logs = DefaultLogsSpecs(
         log_dir=str(Path(config.run_dir) / "logs"),
         redirects=dict.fromkeys(range(1, num_ranks), Std.OUT),
@@ -71,7 +79,7 @@ def _run_ranks(config: Config, overrides: list[str]) -> None:
         logs_specs=logs,
     )
     arguments = ["-m", "megatron_drpo.train", f"config={config.run_dir}/config.yaml"]
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.getsignal(number) for number in _LAUNCHER_SIGNALS}
     try:
         elastic_launch(launch, sys.executable)(*arguments, *overrides)
     except ChildFailedError as error:
@@ -79,12 +87,29 @@ def _run_ranks(config: Config, overrides: list[str]) -> None:
         raise RankError(
             f"rank {failed} stopped with an error, see above; logs: {config.run_dir}/logs"
         ) from None
-    except SignalException:  # what torch makes of SIGINT, SIGTERM, SIGHUP and SIGQUIT once the ranks run
-        raise KeyboardInterrupt from None
+    except SignalException as error:  # what torch makes of these signals once the ranks run
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise Terminated(error.sigval) from None
     finally:
         os.environ.pop(SUPERVISOR_PID, None)
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _silence_launcher() -> None:
+    """What it logs about a rank's end is in the message of ours. Each of its modules sets its own level."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _what_is_kept(config: Config) -> str:
+    latest = Path(config.run_dir) / "checkpoints" / "latest"
+    try:
+        checkpoint = latest.parent / latest.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return f"{config.run_dir} has no complete checkpoint"
+    return f"{checkpoint} is kept" + (
+        "; the same command goes on from it" if config.checkpoint.resume else ""
+    )

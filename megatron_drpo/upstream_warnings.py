@@ -1,4 +1,7 @@
-"""Warnings of Megatron-Core that every run would print; the start-up banner says the same in one line."""
+"""Warnings of others that every run would print, and that tell its user nothing new.
+
+Of what Megatron-Core says, the start-up banner says the same in one line.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ EXPECTED = (
     "MimoModelConfig is experimental",
     "torch.distributed is disabled",
     "The argument order of load has been changed",
+    # Python: of the semaphores of a rank that was ended, which it says while it removes them
+    "resource_tracker",
 )
 """How each begins; no commas, which PYTHONWARNINGS would split at."""
 

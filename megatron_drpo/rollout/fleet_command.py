@@ -6,13 +6,13 @@ import signal
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from rich.console import Console
 
 from megatron_drpo.config import Config
 from megatron_drpo.errors import ConfigError, RolloutError
+from megatron_drpo.lifetime import ends_in_order_on_sigterm
 from megatron_drpo.rollout.fleet_state import FLEET_FILE, ServerState, find_owner, read_fleet
 from megatron_drpo.rollout.launch import build_fleet, starts_fleet
 
@@ -38,9 +38,12 @@ def up(config: Config, stop: threading.Event | None = None) -> None:
     path = Path(config.run_dir) / FLEET_FILE
     if path.exists() and find_owner(read_fleet(path)) is not None:
         raise ConfigError(f"fleet up: {path} belongs to a fleet that runs; `megatron-drpo fleet down {path}`")
+    with ends_in_order_on_sigterm(lambda: "its servers have ended, too"):
+        _run(config, path, stop)
+
+
+def _run(config: Config, path: Path, stop: threading.Event) -> None:
     console = Console(highlight=False)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
     rollout = config.rollout
     console.print(f"starting {rollout.fleet.num_servers} x {rollout.engine} ({config.policy.model_path})")
     with build_fleet(config) as fleet:
@@ -71,12 +74,13 @@ def down(target: str) -> None:
         raise RolloutError(
             f"{path}: its owner, process {fleet.pid}, does not run any more, nor do its servers"
         )
-    owner.terminate()
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            raise RolloutError(f"{path}: process {owner.pid} has not ended within {_STOP_TIMEOUT_S:g} s")
-        time.sleep(_POLL_S)
+    with ends_in_order_on_sigterm(lambda: f"process {owner.pid} was told to end, and does"):
+        owner.terminate()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                raise RolloutError(f"{path}: process {owner.pid} has not ended within {_STOP_TIMEOUT_S:g} s")
+            time.sleep(_POLL_S)
 
 
 def _report(console: Console, server: ServerState, seen: dict[str, str]) -> None:
@@ -85,7 +89,3 @@ def _report(console: Console, server: ServerState, seen: dict[str, str]) -> None
     if seen.setdefault(server.name, line) != line:
         seen[server.name] = line
         console.print(f"{time.strftime('%H:%M:%S')} {server.name} {line}")
-
-
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.lifetime import ends_in_order_on_sigterm
 from megatron_drpo.rollout.client import ServerLoad, SGLangClient
 from megatron_drpo.rollout.fleet_state import (
     FLEET_FILE,
@@ -121,7 +122,8 @@ def status(
         console = Console(file=console.file, width=_PLAIN_WIDTH)
     path = Path(target) / FLEET_FILE if Path(target).is_dir() else Path(target)
     if watch and console.is_terminal and not as_json:
-        _watch(path, api_key, console)
+        with ends_in_order_on_sigterm(lambda: "the fleet goes on"):
+            _watch(path, api_key, console)
     report = look(path, api_key)
     if as_json:
         console.print(report.to_json(), markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +15,10 @@ import pytest
 from megatron_drpo import cli, supervisor
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import RankError
+from megatron_drpo.lifetime import Terminated
 from megatron_drpo.rollout import fleet_status
+
+GOLDEN_KEYS = Path(__file__).parents[1] / "golden" / "config_keys.txt"
 
 
 @pytest.fixture
@@ -26,20 +34,100 @@ def arguments(hf_model: Callable[[str], Path], tmp_path: Path) -> list[str]:
     ]
 
 
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """ "fleet up" -> its parser, of every command."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                found[name] = inner
+                found |= {f"{name} {below}": parser for below, parser in commands(inner).items()}
+    return found
+
+
+COMMANDS = commands(cli.build_parser())
+
+
+def test_the_commands() -> None:
+    assert list(COMMANDS) == ["train", "check", "report", "fleet", "fleet up", "fleet down", "fleet status"]
+
+
 @pytest.mark.parametrize("argv", [[], ["help"], ["-h"], ["--help"]])
-def test_usage(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_help_of_all(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert cli.main(argv) == 0
     output = capsys.readouterr()
-    assert output.out == cli.USAGE
-    for command in ("train", "check", "report"):
-        assert f"megatron-drpo {command} " in output.out
+    assert output.err == ""
+    for command, parser in COMMANDS.items():
+        if " " not in command:
+            assert f"    {command} " in output.out
+            assert parser.description is not None
 
 
-def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["trian"]) == 2
+@pytest.mark.parametrize("form", ["{} --help", "{} -h", "help {}", "{} seed=1 --help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each(capsys: pytest.CaptureFixture[str], command: str, form: str) -> None:
+    """What it does, and one example that its own parser takes, with settings that exist."""
+    if "=" in form and not COMMANDS[command].get_default("takes_settings"):
+        return
+    assert cli.main(form.format(command).split()) == 0
     output = capsys.readouterr()
-    assert output.err.startswith("unknown command 'trian'\n")
+    assert output.err == ""
+    assert output.out.startswith(f"usage: megatron-drpo {command} ")
+    (example,) = re.findall(rf"^example: megatron-drpo {command} (.*)$", output.out, re.MULTILINE)
+    options, settings = cli.build_parser().parse_known_args([*command.split(), *example.split()])
+    assert options.takes_settings or not settings
+    known = {line.split(" = ")[0] for line in GOLDEN_KEYS.read_text().splitlines()}
+    assert {setting.partition("=")[0] for setting in settings} <= known | {"config"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["--version"]) == 0
+    import torch
+
+    shown = capsys.readouterr().out
+    assert re.match(r"megatron-drpo \d+\.\d+\.\d+, megatron-core [\d.]+, torch ", shown)
+    assert f"torch {torch.__version__}," in shown
+    monkeypatch.setattr(cli, "_DISTRIBUTIONS", ("no-such-distribution",))  # as in an export
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("no-such-distribution not installed, Python ")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Nor does the module itself, which must be ready to answer a signal at once."""
+    program = (
+        "import sys; from megatron_drpo import cli; early = set(sys.modules); cli.main(['train', '--help']); "
+        "print({'omegaconf', 'yaml', 'rich'} & early, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set() set()\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "megatron-drpo: error: argument {train,check,report,fleet}: invalid choice: 'trian'"),
+        (["--wach"], "megatron-drpo: error: a command is required"),
+        (["report"], "megatron-drpo report: error: the following arguments are required: RUN_DIR"),
+        (["report", "a", "b"], "megatron-drpo report: error: unrecognized arguments: b"),
+        (["fleet"], "megatron-drpo fleet: error: the following arguments are required: {up,down,status}"),
+        (["fleet", "stop"], "megatron-drpo fleet: error: argument {up,down,status}: invalid choice: 'stop'"),
+        (["fleet", "down"], "megatron-drpo fleet down: error: the following arguments are required: RUN_DIR"),
+        (["fleet", "status", "--wach"], "megatron-drpo fleet status: error: unrecognized arguments: --wach"),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    assert cli.main(argv) == 2
+    output = capsys.readouterr()
     assert output.out == ""
+    assert output.err.startswith("usage: megatron-drpo ")
+    assert message in output.err
+
+
+def test_an_option_among_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--seed=1"]) == 1
+    assert capsys.readouterr().err == (
+        "ConfigError: argument '--seed=1': expected key.sub=value, for example train.num_steps=10\n"
+    )
 
 
 def test_check_prints_the_resolved_configuration(
@@ -74,6 +162,8 @@ def test_check_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str])
     [
         (RankError("rank 1 stopped"), 1, "RankError: rank 1 stopped\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Terminated(signal.SIGTERM), 143, "ended by SIGTERM\n"),
+        (Terminated(signal.SIGHUP), 129, "ended by SIGHUP\n"),
         (None, 0, ""),
     ],
 )
@@ -94,12 +184,9 @@ def test_exit_status_of_train(
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("argv", [[], ["nowhere"], ["a", "b"]])
-def test_report_wants_one_run_folder(
-    capsys: pytest.CaptureFixture[str], argv: list[str], tmp_path: Path
-) -> None:
-    assert cli.main(["report", *argv]) == 1
-    assert capsys.readouterr().err == "ConfigError: report: expected one run folder\n"
+def test_report_wants_a_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "nowhere"]) == 1
+    assert capsys.readouterr().err == "ConfigError: report: nowhere is no run folder\n"
 
 
 def test_report_is_written_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -111,28 +198,10 @@ def test_report_is_written_again(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_usage_names_the_fleet_s_commands() -> None:
-    for command in ("up", "down", "status"):
-        assert f"megatron-drpo fleet {command} " in cli.USAGE
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "fleet : expected fleet up, fleet down or fleet status"),
-        (["stop"], "fleet stop: expected fleet up, fleet down or fleet status"),
-        (["down"], "fleet down: expected one run folder, or a fleet.json"),
-        (
-            ["status", "--api-key-env", "NO_SUCH_VARIABLE"],
-            "--api-key-env NO_SUCH_VARIABLE: that environment variable is not set",
-        ),
-    ],
-)
-def test_fleet_commands_that_are_wrong(
-    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
-    assert cli.main(["fleet", *argv]) == 1
-    assert capsys.readouterr().err == f"ConfigError: {message}\n"
+def test_a_key_s_variable_that_is_not_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fleet", "status", "--api-key-env", "NO_SUCH_VARIABLE"]) == 1
+    message = "ConfigError: --api-key-env NO_SUCH_VARIABLE: that environment variable is not set\n"
+    assert capsys.readouterr().err == message
 
 
 def test_fleet_status(
@@ -154,10 +223,3 @@ def test_fleet_status(
         ("runs/default", {"watch": False, "as_json": False, "api_key": None}),
         ("a/fleet.json", {"watch": True, "as_json": True, "api_key": "secret"}),
     ]
-
-
-def test_fleet_status_with_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["fleet", "status", "--wach"])
-    assert caught.value.code == 2
-    assert "unrecognized arguments: --wach" in capsys.readouterr().err

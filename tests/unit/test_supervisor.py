@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_drpo import supervisor
@@ -24,7 +27,7 @@ from megatron_drpo.config import (
 )
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import ConfigError, RankError, RolloutError
-from megatron_drpo.lifetime import SUPERVISOR_PID
+from megatron_drpo.lifetime import SUPERVISOR_PID, Terminated
 
 
 class Record:
@@ -163,19 +166,85 @@ def test_servers_stop_on_every_way_out(record: Record, config: Config, error: Ba
     assert record.events[-1] == "servers stop"
 
 
-def test_sigterm_interrupts_while_ranks_run(
-    record: Record, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def send_to_self(number: signal.Signals) -> Callable[..., Callable[..., None]]:
+    """A launcher whose ranks send this process a signal."""
 
     def run(*_: str) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     def launch(*_: object) -> Callable[..., None]:
         return run
 
-    monkeypatch.setattr(supervisor, "elastic_launch", launch)
-    with pytest.raises(KeyboardInterrupt):
+    return launch
+
+
+def test_sigterm_while_ranks_run(record: Record, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(supervisor, "elastic_launch", send_to_self(signal.SIGTERM))
+    with pytest.raises(Terminated, match=r"^ended by SIGTERM\b") as caught:
         supervisor.supervise(config)
     assert record.events == ["servers start", "servers stop"]
+    assert caught.value.__notes__ == [f"{config.run_dir} has no complete checkpoint"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_while_servers_start(
+    record: Record, config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The checkpoint is named."""
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+
+    def start(*_: object, **__: object) -> None:
+        latest.parent.mkdir()
+        latest.write_text("step_000004\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(supervisor, "build_fleet", start)
+    kept = f"{tmp_path}/run/checkpoints/step_000004 is kept"
+    with pytest.raises(Terminated) as caught:
+        supervisor.supervise(config)
+    assert caught.value.__notes__ == [f"{kept}; the same command goes on from it"]
+    shutil.rmtree(latest.parent)
+    config.checkpoint.resume = False
+    with pytest.raises(Terminated) as caught:
+        supervisor.supervise(config)
+    assert caught.value.__notes__ == [kept]
+    assert record.events == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated)],
+)
+def test_what_the_launcher_makes_of_signals(
+    record: Record, config: Config, number: signal.Signals, kind: type[BaseException]
+) -> None:
+    record.rank_error = SignalException("of the launcher", sigval=number)
+    with pytest.raises(kind) as caught:
+        supervisor.supervise(config)
+    assert caught.value.__notes__ == [f"{config.run_dir} has no complete checkpoint"]
+    if isinstance(caught.value, Terminated):
+        assert caught.value.status == 128 + number
+
+
+def test_the_launcher_s_handlers_do_not_stay(
+    record: Record, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+
+    def launch(*_: object) -> Callable[..., None]:
+        def run(*_: str) -> None:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+
+        return run
+
+    monkeypatch.setattr(supervisor, "elastic_launch", launch)
+    supervisor.supervise(config)
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_the_launcher_is_silent(record: Record, config: Config) -> None:
+    """Each of its modules has a logger with a level of its own."""
+    supervisor.supervise(config)
+    assert not logging.getLogger("torch.distributed.elastic.agent.server.api").isEnabledFor(logging.ERROR)
