@@ -46,9 +46,8 @@ def build_sequences(
 
     Raises:
         RewardError: an advantage that is not finite.
-        DataError: lengths that disagree, a token id outside the vocabulary, a logprob that is not finite or
-            is positive, top-k ids outside the vocabulary, twice in a token's list, or of a mass above 1.
-            Every message names the sequence, its prompt's line and the response token.
+        DataError: lengths that disagree, an id outside the vocabulary, a logprob that is not finite or is
+            positive, top-k ids twice in a token's list or of a mass above 1; names sequence, line and token.
     """
     if not rollouts:
         return []

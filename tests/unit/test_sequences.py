@@ -62,6 +62,15 @@ def test_values_by_hand() -> None:
     assert sequence.rollout_logprobs.dtype is sequence.topk_logprobs.dtype is torch.float32
 
 
+def test_a_sequence_knows_who_sampled_each_token() -> None:
+    rollout = replace(make_rollout(1, 5), servers=[("http://a", 2), ("http://b", 3)])
+    (sequence,) = build([rollout])
+    assert sequence.origin is not None
+    assert sequence.origin.where == "prompt 10 (line 11), sample 1"
+    found = [sequence.origin.server_of(position) for position in range(6)]
+    assert found == ["http://a"] * 2 + ["http://b"] * 3 + ["an unknown server"]
+
+
 def test_a_loss_without_topk_gets_none() -> None:
     """Also where the engine reported it."""
     for sequence in build(make_rollouts(), num_topk=0):

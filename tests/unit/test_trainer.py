@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,13 @@ from megatron_drpo.losses.sft import SftLoss
 from megatron_drpo.losses.surrogate import SurrogateLoss
 from megatron_drpo.losses.tokens import LossTokens
 from megatron_drpo.metrics.diagnostics import compute_diagnostics
+from megatron_drpo.metrics.faulty_tokens import FaultyToken
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.writer import MetricsWriter, read_metrics
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import UpdateResult
 from megatron_drpo.trainer import Trainer
+from megatron_drpo.types import Origin, TrainSequence
 
 
 class SavedStates(Checkpointer):
@@ -212,3 +215,39 @@ def test_a_trust_region_that_does_not_bind_is_said(
     assert all(found[step].startswith(text) for step, text in alarms.items())
     shown = [line for line in stream.getvalue().splitlines() if line.startswith("warning: ")]
     assert shown == [f"warning: {text}" for text in found.values()]
+
+
+def test_faulty_tokens_are_counted_shown_and_named(
+    start: Callable[..., Trainer], tmp_path: Path, one_rank: ParallelState
+) -> None:
+    trainer = start(tmp_path / "run")
+    stream = io.StringIO()
+    objective = Objective(loss=SurrogateLoss())
+    policy: Any = SimpleNamespace(objective=objective, parallel=one_rank)
+    trainer.policy = policy
+    trainer.progress = Progress(2, live=False, console=Console(file=stream))
+    origin = Origin(where="prompt 16 (line 17), sample 1", servers=(("http://a", 4), ("http://b", 3)))
+    sequence = TrainSequence(
+        id=5,
+        token_ids=torch.arange(9),
+        prompt_length=2,
+        advantages=torch.ones(7),
+        rollout_logprobs=torch.zeros(7),
+        loss_mask=torch.ones(7, dtype=torch.bool),
+        origin=origin,
+    )
+    fault = FaultyToken(replica=0, sequence_id=5, position=4, logprob=-0.5, rollout_logprob=-27.6)
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as trainer.writer:
+        for step, faulty in ((1, [fault]), (2, [])):
+            updates = [replace(update_of(0, objective), faulty=faulty), update_of(0, objective)]
+            trainer._tell_faults(updates, [sequence])
+            trainer._report(step, trainer._update_metrics(updates))
+    first, second = read_metrics(tmp_path / "run")
+    assert (first["mismatch/faulty_tokens"], second["mismatch/faulty_tokens"]) == (1, 0)
+    place = "prompt 16 (line 17), sample 1, response token 4 (log pi -0.5, log mu -27.6) of http://b"
+    assert first["alarm"].startswith("1 faulty token was kept out of the loss (http://b: 1): ")
+    assert place in first["alarm"]
+    assert "alarm" not in second
+    lines = stream.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {first['alarm']}"]
+    assert ["faulty tokens 1" in line for line in lines if line.startswith("step ")] == [True, False]

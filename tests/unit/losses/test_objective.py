@@ -102,6 +102,21 @@ def test_value_by_hand(make_tokens: Callable[..., LossTokens]) -> None:
     assert objective.logprob_gradient(tokens).item() == pytest.approx(-6 + 0.1 * 0.75, rel=1e-12)
 
 
+def test_faulty_is_what_the_engine_cannot_have_sampled(make_tokens: Callable[..., LossTokens]) -> None:
+    """log(pi / mu) above the limit: on one side, of the engine's mu and not the anchor's, never for NaN."""
+    logmu = torch.tensor([-21.0, -20.9, -1.0, -21.0, math.nan], dtype=torch.float32)
+    tokens = LossTokens(
+        logprobs_N=torch.tensor([-0.5, -1.0, -30.0, -1.5, -1.0]),
+        anchor_logprobs_N=torch.tensor([-0.5, -25.0, -1.0, -25.0, -1.0]),
+        rollout_logprobs_N=logmu,
+        advantages_N=torch.ones(5),
+    )
+    objective = build_objective(AlgorithmConfig())
+    assert objective.is_faulty(tokens).tolist() == [True, False, False, False, False]
+    objective = build_objective(AlgorithmConfig(correction=CorrectionConfig(faulty_log_ratio=19.0)))
+    assert objective.is_faulty(tokens).tolist() == [True, True, False, True, False]
+
+
 def test_factor_at_hand_is_used(random_tokens: LossTokens) -> None:
     icepop = IcePop(low=0.8, high=1.3, anchor=Anchor.recomputed)
     objective = Objective(loss=SurrogateLoss(), corrections=(icepop,))

@@ -64,6 +64,7 @@ def test_what_was_sampled_is_trained_and_what_was_inserted_is_context() -> None:
     assert rollout.response_mask == [True, True, False, False, False, True, True]
     assert rollout.rollout_logprobs == [-2.5, -4.5, 0.0, 0.0, 0.0, -3.0, -0.5]
     assert rollout.policy_versions == [4, 4, 4, 4, 4, 5, 5]
+    assert rollout.servers == [("http://a", 2), ("rollout.function", 3), ("http://a", 2)]
     assert rollout.finish_reason is FinishReason.stop
     assert rollout.text == "7"
     contexts = [context for context, _ in server.asked]

@@ -43,6 +43,7 @@ def test_an_aborted_response_goes_on_from_its_tokens(sample: Sample) -> None:
     assert rollout.response_ids == [4, 5, 6, 9, 1]
     assert rollout.rollout_logprobs == [-2.0, -2.5, -3.0, -4.5, -0.5]
     assert rollout.policy_versions == [1, 1, 1, 2, 2]
+    assert rollout.servers == [("http://a", 3), ("http://b", 2)]
     assert rollout.finish_reason is FinishReason.stop
     assert rollout.text == "[4, 5, 6, 9, 1]"
 
