@@ -238,8 +238,9 @@ def test_faulty_tokens_are_counted_shown_and_named(
     )
     fault = FaultyToken(replica=0, sequence_id=5, position=4, logprob=-0.5, rollout_logprob=-27.6)
     with MetricsWriter(tmp_path / "run", tensorboard=False) as trainer.writer:
-        for step, faulty in ((1, [fault]), (2, [])):
-            updates = [replace(update_of(0, objective), faulty=faulty), update_of(0, objective)]
+        for step, num_faulty in ((1, 1), (2, 0)):
+            first_update = replace(update_of(0, objective), faulty=[fault] * num_faulty)
+            updates = [first_update, update_of(0, objective)]
             trainer._tell_faults(updates, [sequence])
             trainer._report(step, trainer._update_metrics(updates))
     first, second = read_metrics(tmp_path / "run")
