@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from megatron_drpo.models.tied_head import check_tied_head
 from megatron_drpo.policy.overrides import check_megatron_overrides
 from megatron_drpo.policy.parallel import check_layout
 from megatron_drpo.rewards.functions import check_reward, needs_answer
+from megatron_drpo.rewards.pool import find_answer_problems
 from megatron_drpo.rollout.conversation import load_rollout_function
 from megatron_drpo.rollout.launch import choose_first_gpu, starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
@@ -295,6 +297,7 @@ def _check_data(config: Config, architecture: ArchitectureConfig | None) -> list
             tokenizer,
             config.train.mode,
             needs_answer=is_rl and needs_answer(config.reward),
+            find_answer_problems=partial(find_answer_problems, config.reward) if is_rl else None,
             vocab_size=None if architecture is None else architecture.vocab_size,
             room=room if room is None or room > 0 else None,  # without room none of the prompts is at fault
         )

@@ -15,7 +15,7 @@ from megatron_drpo.check import check_config, refuse_problems, warn_config
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.collective_wait import CollectiveWait, completes
 from megatron_drpo.colocation import SharedDevices
-from megatron_drpo.config import Config, Mode, RoutingReplay
+from megatron_drpo.config import Config, Mode, OnBadLine, RoutingReplay
 from megatron_drpo.config_io import read_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -195,8 +195,10 @@ def _build_leader(
     """Where a replica's data comes from: prompts, engine, rewards."""
     parallel = policy.parallel
     tokenizer = load_tokenizer(config.policy.model_path)
-    wants_answer = config.train.mode is Mode.rl and needs_answer(config.reward)
+    is_rl = engine is not None
+    rewards = stack.enter_context(RewardPool(config.reward)) if is_rl else None
     vocab_size = policy.architecture.vocab_size
+    skips = config.data.on_bad_line is OnBadLine.skip  # without it, one such answer has ended the run
 
     def load(path: str) -> PromptFile:
         loaded = load_prompts(
@@ -204,8 +206,9 @@ def _build_leader(
             config.data,
             tokenizer,
             config.train.mode,
-            needs_answer=wants_answer,
+            needs_answer=is_rl and needs_answer(config.reward),
             vocab_size=vocab_size,
+            find_answer_problems=rewards.find_answer_problems if rewards is not None and skips else None,
         )
         if parallel.is_main and loaded.left_out is not None:
             Console().print(f"[yellow]warning[/] {path}: {escape(loaded.left_out)}")
@@ -214,10 +217,9 @@ def _build_leader(
     train_prompts = load(config.data.train_path).prompts
     source = PromptSource(train_prompts, shuffle=config.data.shuffle, seed=config.seed)
     share = PromptShare(source, config.rollout.num_prompts_per_step, parallel.data_rank, parallel.data_size)
-    if engine is None:
+    if engine is None or rewards is None:
         eos_token_id = read_stop_token_ids(config.policy.model_path, tokenizer)[0]
         return share, DemonstrationExperience(share, tokenizer, eos_token_id, vocab_size=vocab_size), None
-    rewards = stack.enter_context(RewardPool(config.reward))
     evaluator = None
     if config.eval.every_steps and config.data.eval_path is not None:
         held_out = load(config.data.eval_path).prompts[parallel.data_rank :: parallel.data_size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_PROBLEMS_SHOWN = 5
+
+FindAnswerProblems = Callable[[Sequence[str]], dict[str, str]]
+"""Those of some ground truths that the reward can do nothing with, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,7 @@ def load_prompts(
     *,
     needs_answer: bool = False,
     vocab_size: int | None = None,
+    find_answer_problems: FindAnswerProblems | None = None,
 ) -> PromptFile:
     """Read, render and tokenise a prompt file.
 
@@ -61,13 +65,14 @@ def load_prompts(
     Args:
         needs_answer: whether a line without an `answer` is broken.
         vocab_size: of the model; a line with a token that it does not have is broken. None: not looked at.
+        find_answer_problems: a line with such an answer is broken. None: not looked at.
 
     Raises:
         DataError: the file cannot be read or has no usable prompt; a line is broken or a prompt too long,
             and the configuration says to stop; a chat template is needed and the tokenizer has none.
     """
     try:
-        lines = list(read_lines(path, mode, needs_answer=needs_answer))
+        lines = _read_lines(path, mode, needs_answer, find_answer_problems)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     rendered = [_render(path, line, config, tokenizer) for line in lines]
@@ -95,6 +100,7 @@ def check_prompt_file(
     needs_answer: bool = False,
     vocab_size: int | None = None,
     room: int | None = None,
+    find_answer_problems: FindAnswerProblems | None = None,
 ) -> list[str]:
     """Why `load_prompts` would refuse a file, or a server one of its prompts; one sentence each.
 
@@ -107,7 +113,7 @@ def check_prompt_file(
     if not Path(path).is_file():
         return [f"{path}: no such file; expected a JSONL file of prompts"]
     try:
-        lines = list(read_lines(path, mode, needs_answer=needs_answer))
+        lines = _read_lines(path, mode, needs_answer, find_answer_problems)
         if tokenizer is None:
             return _find_problems(path, config, lines)
         rendered = [_render(path, line, config, tokenizer) for line in lines]
@@ -129,6 +135,23 @@ def check_prompt_file(
             f"prompts out with data.max_prompt_tokens={room}"
         )
     return problems
+
+
+def _read_lines(
+    path: str | Path, mode: Mode, needs_answer: bool, find_answer_problems: FindAnswerProblems | None
+) -> list[PromptLine | BadLine]:
+    """Every line that is not blank, its ground truth looked at."""
+    lines = list(read_lines(path, mode, needs_answer=needs_answer))
+    if find_answer_problems is None:
+        return lines
+    answers = [line.answer for line in lines if isinstance(line, PromptLine) and line.answer is not None]
+    problems = find_answer_problems(answers)
+    return [
+        BadLine(index=line.index, problem=problems[line.answer])
+        if isinstance(line, PromptLine) and line.answer in problems
+        else line
+        for line in lines
+    ]
 
 
 def _find_problems(

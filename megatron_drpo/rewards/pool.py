@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from types import TracebackType
@@ -13,9 +15,15 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from megatron_drpo.config import OnRewardError, RewardConfig
 from megatron_drpo.errors import RewardError
 from megatron_drpo.rewards import worker
+from megatron_drpo.rewards.answers import read_ground_truth
 from megatron_drpo.rewards.spawn import LightSpawnContext
 from megatron_drpo.types import Rollout
 from megatron_drpo.user_code import Failure
+
+MAX_CHECK_WORKERS = 16
+"""Each takes 100 MB."""
+_NUMBER = re.compile(r"[1-9]\d*")
+"""Zero is another shape: it may be a denominator."""
 
 
 class RewardPool:
@@ -69,6 +77,42 @@ class RewardPool:
             for future in futures:
                 future.cancel()  # after an error; done ones stay as they are
 
+    def find_answer_problems(self, answers: Iterable[str]) -> dict[str, str]:
+        """Ground truths that no response could match, and why; only `math_verify` has such.
+
+        Plain numbers are known to be good. A parse of anything else takes 20 ms, so of ground truths that
+        differ in their numbers alone one is parsed, and the others only if it is not good.
+
+        Raises:
+            RewardError: no worker can run.
+        """
+        shapes = group_by_shape(self._config, answers)
+        problems = self._parse_answers([alike[0] for alike in shapes])
+        others = [answer for alike in shapes if alike[0] in problems for answer in alike[1:]]
+        return problems | self._parse_answers(others)
+
+    def _parse_answers(self, answers: Iterable[str]) -> dict[str, str]:
+        futures: dict[str, ProcessFuture[str | Failure | None]] = {
+            answer: self._pool.schedule(worker.find_answer_problem, (answer,), timeout=self._config.timeout_s)
+            for answer in answers
+        }
+        outcomes = {answer: self._answer_problem(future) for answer, future in futures.items()}
+        return {answer: problem for answer, problem in outcomes.items() if problem is not None}
+
+    def _answer_problem(self, future: ProcessFuture[str | Failure | None]) -> str | None:
+        try:
+            outcome = future.result()
+        except TimeoutError:
+            limit = self._config.timeout_s
+            return f"expected an `answer` that math-verify can parse within reward.timeout_s={limit}"
+        except ProcessExpired as error:
+            return f"expected an `answer` that math-verify can parse: it died with exit code {error.exitcode}"
+        except BrokenProcessPool:
+            raise _broken(self._config.name) from None
+        if isinstance(outcome, Failure):
+            return f"expected an `answer` that math-verify can parse: {outcome.reason}"
+        return outcome
+
     def _start_workers(self) -> ProcessPool:
         pool = ProcessPool(
             max_workers=self._config.num_workers,
@@ -91,9 +135,7 @@ class RewardPool:
         except ProcessExpired as error:
             outcome = Failure(f"its worker process died with exit code {error.exitcode}")
         except BrokenProcessPool:
-            raise RewardError(
-                f"reward {self._config.name}: the worker processes die at once; see their messages above"
-            ) from None
+            raise _broken(self._config.name) from None
         if isinstance(outcome, Failure):
             self._tolerate(rollout, outcome)
             self.num_errors += 1
@@ -111,3 +153,29 @@ class RewardPool:
                 f"reward {self._config.name}: prompt {rollout.prompt.id}, sample {rollout.sample_index}: "
                 f"{failure.reason}. reward.on_error=zero would count it and score 0"
             )
+
+
+def find_answer_problems(config: RewardConfig, answers: Sequence[str]) -> dict[str, str]:
+    """As `RewardPool.find_answer_problems`, with a pool that lives as long as it is needed, if it is, on the
+    cores of a machine on which nothing else runs yet."""
+    if not group_by_shape(config, answers):
+        return {}
+    num_workers = min(max(config.num_workers, os.cpu_count() or 1), MAX_CHECK_WORKERS)
+    with RewardPool(replace(config, num_workers=num_workers)) as pool:
+        return pool.find_answer_problems(answers)
+
+
+def group_by_shape(config: RewardConfig, answers: Iterable[str]) -> list[list[str]]:
+    """The ground truths that only math-verify itself can tell anything about, each once; those together that
+    differ in their numbers alone."""
+    groups: dict[str, list[str]] = {}
+    if config.name == "math_verify":
+        for answer in dict.fromkeys(answers):
+            truth = read_ground_truth(answer)
+            if truth.number is None:
+                groups.setdefault(_NUMBER.sub("7", truth.latex), []).append(answer)
+    return list(groups.values())
+
+
+def _broken(name: str) -> RewardError:
+    return RewardError(f"reward {name}: the worker processes die at once; see their messages above")

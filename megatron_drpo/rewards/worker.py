@@ -35,3 +35,10 @@ def score(reward_name: str, rollout: Rollout) -> float | Failure:
     if isinstance(shown, Failure):
         shown = f"something of type {type(value).__name__}"
     return Failure(f"it returned {shown}, expected a finite number")
+
+
+def find_answer_problem(answer: str) -> str | Failure | None:
+    """Why math-verify can match no response with this ground truth; None if it can."""
+    from megatron_drpo.rewards import math  # in a worker alone: it brings sympy
+
+    return call_guarded(math.find_answer_problem, answer)

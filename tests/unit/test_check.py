@@ -128,6 +128,18 @@ def test_prompts_are_read_as_the_run_reads_them(config: Config) -> None:
     assert check_config(config, reads_prompts=False) == []
 
 
+def test_ground_truths_are_parsed(config: Config) -> None:
+    lines = ['{"prompt": "1+1=", "answer": "$2"}', '{"prompt": "1+1=", "answer": "2 \\\\frac{"}']
+    Path(config.data.train_path).write_text("\n".join(lines))
+    (problem,) = check_config(config)
+    assert problem == (
+        f"{config.data.train_path} line 2: expected an `answer` that math-verify can parse, "
+        r"found '2 \\frac{'"
+    )
+    config.reward = RewardConfig(name="exact_match")
+    assert check_config(config) == []
+
+
 def test_a_damaged_tokenizer(config: Config, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(config.policy.model_path, tmp_path / "model"))
     (folder / "tokenizer.json").write_text('{"model": 3}')

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -175,6 +175,23 @@ def test_a_line_that_some_layer_cannot_use_is_a_broken_line(
     assert [prompt.id for prompt in loaded.prompts] == [0, 2]
     assert loaded.left_out is not None
     assert loaded.left_out.startswith(f"1 broken lines are skipped, the first is line 2: {problem}")
+
+
+def test_an_answer_that_the_reward_can_do_nothing_with(
+    write_lines: WriteLines, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def find_answer_problems(answers: Sequence[str]) -> dict[str, str]:
+        return {answer: f"no {answer}" for answer in answers if answer == "b"}
+
+    path = write_lines({"prompt": "a", "answer": "a"}, {"prompt": "a", "answer": "b"}, {"prompt": "a"})
+    for known in (tokenizer, None):
+        assert check_prompt_file(
+            path, DataConfig(), known, Mode.rl, find_answer_problems=find_answer_problems
+        ) == [f"{path} line 2: no b"]
+    skip = DataConfig(on_bad_line=OnBadLine.skip)
+    loaded = load_prompts(path, skip, tokenizer, Mode.rl, find_answer_problems=find_answer_problems)
+    assert [prompt.id for prompt in loaded.prompts] == [0, 2]
+    assert loaded.left_out == "1 broken lines are skipped, the first is line 2: no b"
 
 
 def test_demonstrations_are_tokenised_too(

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_drpo.config import OnRewardError, RewardConfig
 from megatron_drpo.errors import RewardError
-from megatron_drpo.rewards.pool import RewardPool
+from megatron_drpo.rewards import pool as pool_module
+from megatron_drpo.rewards.pool import RewardPool, find_answer_problems, group_by_shape
 from megatron_drpo.types import Rollout
 
 MakeRollout = Callable[..., Rollout]
@@ -102,6 +103,32 @@ def test_what_math_verify_cannot_decide_scores_zero(make_rollout: MakeRollout) -
     with RewardPool(RewardConfig(timeout_s=2.0)) as pool:
         assert pool.score(rollouts) == [0.0, 1.0]
         assert (pool.num_errors, pool.num_timeouts) == (0, 1)
+
+
+@pytest.mark.timeout(90)
+def test_ground_truths_that_nothing_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed once, within the time limit; plain numbers and other rewards need no worker."""
+    answers = ["$18", "\\sqrt{2}", "2 \\frac{", "3 \\frac{", "1/0", "3 \\frac{", "#### ", "x+1"]
+    config = RewardConfig()
+    problems = find_answer_problems(config, answers)
+    assert problems == {
+        "1/0": "expected an `answer` that equals itself, found '1/0'",
+        "2 \\frac{": r"expected an `answer` that math-verify can parse, found '2 \\frac{'",
+        "3 \\frac{": r"expected an `answer` that math-verify can parse, found '3 \\frac{'",
+        "#### ": "expected an `answer` that math-verify can parse, found '#### '",
+    }
+    limit = "expected an `answer` that math-verify can parse within reward.timeout_s=0.001"
+    slow = "\\int_0^1 \\sqrt{x^2 + \\sin x} dx"
+    assert find_answer_problems(RewardConfig(timeout_s=0.001), [slow]) == {slow: limit}
+    monkeypatch.delattr(pool_module, "RewardPool")
+    assert find_answer_problems(config, ["$18", "50%", "1.5e-5", "3/4"] * 1000) == {}
+    assert find_answer_problems(RewardConfig(name="exact_match"), answers) == {}
+
+
+def test_ground_truths_of_one_shape() -> None:
+    answers = ["2\\pi", "18", "31\\pi", "0\\pi", "$2\\pi$", "x", "2\\pi"]
+    assert group_by_shape(RewardConfig(), answers) == [["2\\pi", "31\\pi", "$2\\pi$"], ["0\\pi"], ["x"]]
+    assert group_by_shape(RewardConfig(name="exact_match"), answers) == []
 
 
 def test_workers_killed_while_idle_are_replaced(make_rollout: MakeRollout) -> None:
