@@ -259,7 +259,8 @@ class OnRewardError(StrEnum):
 @dataclass(kw_only=True)
 class RewardConfig(Section):
     name: str = "math_verify"
-    """`math_verify`, `exact_match`, or `module:function` taking a Rollout and returning a float."""
+    """`math_verify`, `exact_match`, or `module:function`, from a Rollout to a float. What it prints goes to
+    run_dir/logs."""
     num_workers: int = number(2, at_least=1, at_most=1024)
     """Worker processes per data-parallel replica."""
     timeout_s: float = number(10.0, at_least=0.01, at_most=DAY_S)

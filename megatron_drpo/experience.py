@@ -23,6 +23,7 @@ from megatron_drpo.data.source import PromptShare
 from megatron_drpo.dynamic_sampling import ScoredGroup, fill_share
 from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.metrics.rollout_dump import RolloutRecord, build_record
+from megatron_drpo.metrics.sample_statistics import SampleStatistics
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.rewards.control import shuffle_rewards
 from megatron_drpo.rewards.overlong import compute_overlong
@@ -31,41 +32,12 @@ from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
 from megatron_drpo.rollout.stream import GroupStream
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.sequences import build_sequences, describe_prompt
-from megatron_drpo.types import FinishReason, Prompt, RolloutGroup, TrainSequence
+from megatron_drpo.types import Prompt, RolloutGroup, TrainSequence
 
 WaitUntil = Callable[[Callable[[float], bool]], None]
 """Takes a function that waits for so many seconds at most and says whether all is there."""
 EVAL_SEED_STEP = -1
 """Evaluations draw from their own seeds, the same ones every time, so that they differ by the policy only."""
-
-
-@dataclass(slots=True, kw_only=True)
-class SampleStatistics:
-    """Of all responses sampled, to be added up over replicas, but for `MAXIMA`."""
-
-    num_samples: float = 0.0
-    reward_sum: float = 0.0
-    reward_square_sum: float = 0.0
-    length_sum: float = 0.0
-    num_truncated: float = 0.0
-    num_prompt_tokens: float = 0.0
-    length_max: float = 0.0
-    num_groups: float = 0.0
-    """Sampled, as the next two with dynamic sampling only."""
-    num_groups_dropped: float = 0.0
-    """Because their rewards were all equal."""
-    num_rounds: float = 0.0
-    num_response_tokens: float = 0.0
-    """Of the groups that are trained, as the next two."""
-    staleness_sum: float = 0.0
-    """Of all response tokens: policy versions between sampling and training."""
-    staleness_max: float = 0.0
-    num_fallback_sequences: float = 0.0
-    """Whose routes could not be replayed."""
-
-
-MAXIMA = ("length_max", "num_rounds", "staleness_max")
-"""Fields of SampleStatistics whose total over replicas is the maximum."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,7 +102,7 @@ class DemonstrationExperience:
             response = self._tokenizer.encode(prompt.response or "", add_special_tokens=False)
             response_ids = [*response, self._eos]
             self._check_ids(prompt, response_ids)
-            _count(statistics, prompt, len(response_ids), reward=0.0, truncated=False)
+            statistics.count(len(prompt.token_ids), len(response_ids), reward=0.0, truncated=False)
             sequences.append(
                 TrainSequence(
                     id=number,
@@ -253,14 +225,17 @@ class RolloutExperience:
         Raises:
             DataError, RewardError: something that must not reach the policy; names it.
         """
-        _count_staleness(samples.statistics, samples.groups, policy_version)
+        for rollout in (rollout for item in samples.groups for rollout in item.group.rollouts):
+            samples.statistics.count_staleness(rollout, policy_version)
         return self._build(samples.groups, samples.statistics)
 
     def _score(
         self, groups: Sequence[RolloutGroup], step: int, statistics: SampleStatistics
     ) -> list[ScoredGroup]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        num_failures = self._rewards.num_failures
         rewards = self._rewards.score(rollouts)
+        statistics.num_reward_failures += self._rewards.num_failures - num_failures
         if self._config.reward.shuffle:
             rewards = shuffle_rewards(rewards, seed=self._config.seed, step=step)
         for rollout, reward in zip(rollouts, rewards, strict=True):
@@ -269,10 +244,12 @@ class RolloutExperience:
                     f"reward {self._config.reward.name}: {describe_prompt(rollout.prompt)}, sample "
                     f"{rollout.sample_index}: it is {reward}, expected a finite number"
                 )
-            truncated = rollout.finish_reason is not FinishReason.stop
-            _count(statistics, rollout.prompt, len(rollout.response_ids), reward=reward, truncated=truncated)
+            statistics.count_rollout(rollout, reward)
         rest = iter(rewards)
-        return [ScoredGroup(group, [next(rest) for _ in group.rollouts]) for group in groups]
+        scored = [ScoredGroup(group, [next(rest) for _ in group.rollouts]) for group in groups]
+        for item in scored:
+            statistics.count_group(item.group.rollouts, item.rewards)
+        return scored
 
     def _build(self, scored: list[ScoredGroup], statistics: SampleStatistics) -> Experience:
         rollouts = [rollout for item in scored for rollout in item.group.rollouts]
@@ -346,8 +323,7 @@ class Evaluator:
         groups = sample_all(self._engine, self._prompts, plan, self._wait_until)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         for rollout, reward in zip(rollouts, self._rewards.score(rollouts), strict=True):
-            truncated = rollout.finish_reason is not FinishReason.stop
-            _count(statistics, rollout.prompt, len(rollout.response_ids), reward=reward, truncated=truncated)
+            statistics.count_rollout(rollout, reward)
         return statistics
 
 
@@ -363,25 +339,3 @@ def sample_all(
 
     wait_until(is_ready)
     return [future.result() for future in futures]
-
-
-def _count_staleness(
-    statistics: SampleStatistics, groups: Sequence[ScoredGroup], policy_version: int
-) -> None:
-    for rollout in (rollout for item in groups for rollout in item.group.rollouts):
-        ages = [policy_version - version for version in rollout.policy_versions]
-        statistics.num_response_tokens += len(ages)
-        statistics.staleness_sum += sum(ages)
-        statistics.staleness_max = max(statistics.staleness_max, *ages, 0)
-
-
-def _count(
-    statistics: SampleStatistics, prompt: Prompt, length: int, *, reward: float, truncated: bool
-) -> None:
-    statistics.num_samples += 1
-    statistics.reward_sum += reward
-    statistics.reward_square_sum += reward * reward
-    statistics.length_sum += length
-    statistics.num_truncated += truncated
-    statistics.num_prompt_tokens += len(prompt.token_ids)
-    statistics.length_max = max(statistics.length_max, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -196,7 +197,8 @@ def _build_leader(
     parallel = policy.parallel
     tokenizer = load_tokenizer(config.policy.model_path)
     is_rl = engine is not None
-    rewards = stack.enter_context(RewardPool(config.reward)) if is_rl else None
+    log = Path(config.run_dir) / "logs" / f"reward_rank_{parallel.rank}.log"
+    rewards = stack.enter_context(RewardPool(config.reward, log)) if is_rl else None
     vocab_size = policy.architecture.vocab_size
     skips = config.data.on_bad_line is OnBadLine.skip  # without it, one such answer has ended the run
 

@@ -15,13 +15,7 @@ from megatron_drpo.colocation import SharedDevices
 from megatron_drpo.config import Config, Mode, RoutingReplay
 from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
-from megatron_drpo.experience import (
-    MAXIMA,
-    Evaluator,
-    Experience,
-    ExperienceSource,
-    SampleStatistics,
-)
+from megatron_drpo.experience import Evaluator, Experience, ExperienceSource
 from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
@@ -29,7 +23,9 @@ from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.faulty_tokens import FaultReport, alarm_of_faults, report_faults
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.prometheus import PrometheusServer
+from megatron_drpo.metrics.reward_alarm import RewardAlarm
 from megatron_drpo.metrics.rollout_dump import delete_rollouts, write_rollouts
+from megatron_drpo.metrics.sample_statistics import SampleStatistics, add_up
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
@@ -86,6 +82,7 @@ class Trainer:
         self.state = RunState()
         self.timer = StepTimer()
         self.trust_region = TrustRegionAlarm()
+        self.rewards = RewardAlarm(config)
         self.alarms: list[str] = []
         """Of the step that runs."""
         self.num_tokens = 0.0
@@ -295,6 +292,9 @@ class Trainer:
             mean = total.reward_sum / count
             metrics["reward/mean"] = mean
             metrics["reward/std"] = math.sqrt(max(total.reward_square_sum / count - mean * mean, 0.0))
+            metrics["reward/varied_groups_share"] = total.num_groups_varied / max(total.num_groups_scored, 1)
+            alarm = self.rewards.update(total)
+            self.alarms += [] if alarm is None else [alarm]
             metrics["rollout/staleness_mean"] = total.staleness_sum / max(total.num_response_tokens, 1)
             metrics["rollout/staleness_max"] = total.staleness_max
             if self.config.policy.routing_replay is RoutingReplay.rollout:
@@ -305,17 +305,13 @@ class Trainer:
         return metrics
 
     def _sum(self, statistics: SampleStatistics) -> SampleStatistics:
-        """Over all replicas' leaders; `MAXIMA` by maximum."""
+        """Over all replicas' leaders."""
         parallel = self.policy.parallel
         values = torch.tensor(astuple(statistics), dtype=torch.float64, device=parallel.device)
         gathered = [torch.empty_like(values) for _ in range(parallel.data_size)]
         dist.all_gather(gathered, values, group=parallel.data_group)
-        table = torch.stack(gathered)
         names = [f.name for f in fields(SampleStatistics)]
-        total = SampleStatistics(**dict(zip(names, table.sum(0).tolist(), strict=True)))
-        for name in MAXIMA:
-            setattr(total, name, float(table[:, names.index(name)].max()))
-        return total
+        return add_up(SampleStatistics(**dict(zip(names, part.tolist(), strict=True))) for part in gathered)
 
     def _update_metrics(self, updates: list[UpdateResult]) -> Metrics:
         """Over a step's updates: means of loss and gradient norm, and all tokens' diagnostics."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +38,14 @@ class RewardPool:
     verified and scores 0, because what a policy writes (9^{9^9}) must not be able to stop a run.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, log: Path | None = None) -> None:
+        """
+        Args:
+            log: file to which the workers append what rewards print; None: where this process prints.
+        """
+        self._log = log
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
         self.num_errors = 0
         """Responses scored 0 since construction because the reward raised or returned no finite number."""
         self.num_timeouts = 0
@@ -52,6 +60,11 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def num_failures(self) -> int:
+        """Responses scored 0 since construction, for either reason."""
+        return self.num_errors + self.num_timeouts
 
     def close(self) -> None:
         """Stop the workers, at once. May be called again."""
@@ -108,7 +121,7 @@ class RewardPool:
         except ProcessExpired as error:
             return f"expected an `answer` that math-verify can parse: it died with exit code {error.exitcode}"
         except BrokenProcessPool:
-            raise _broken(self._config.name) from None
+            raise self._broken() from None
         if isinstance(outcome, Failure):
             return f"expected an `answer` that math-verify can parse: {outcome.reason}"
         return outcome
@@ -117,7 +130,7 @@ class RewardPool:
         pool = ProcessPool(
             max_workers=self._config.num_workers,
             initializer=worker.start,
-            initargs=(self._config.name, os.getpid()),
+            initargs=(self._config.name, os.getpid(), self._log and self._log.absolute()),
             context=LightSpawnContext(),
         )
         pool.schedule(os.getpid)  # pebble starts the workers with the first task, whatever it is
@@ -135,12 +148,16 @@ class RewardPool:
         except ProcessExpired as error:
             outcome = Failure(f"its worker process died with exit code {error.exitcode}")
         except BrokenProcessPool:
-            raise _broken(self._config.name) from None
+            raise self._broken() from None
         if isinstance(outcome, Failure):
             self._tolerate(rollout, outcome)
             self.num_errors += 1
             return 0.0
         return outcome
+
+    def _broken(self) -> RewardError:
+        told = "their messages above" if self._log is None else f"their messages in {self._log}"
+        return RewardError(f"reward {self._config.name}: the worker processes die at once; see {told}")
 
     def _tolerate(self, rollout: Rollout, failure: Failure) -> None:
         """Return if a failure counts as 0.
@@ -175,7 +192,3 @@ def group_by_shape(config: RewardConfig, answers: Iterable[str]) -> list[list[st
             if truth.number is None:
                 groups.setdefault(_NUMBER.sub("7", truth.latex), []).append(answer)
     return list(groups.values())
-
-
-def _broken(name: str) -> RewardError:
-    return RewardError(f"reward {name}: the worker processes die at once; see their messages above")

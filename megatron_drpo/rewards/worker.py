@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from typing import cast
 
 from megatron_drpo.lifetime import die_with_parent
 from megatron_drpo.rewards.functions import load_reward_function
@@ -13,10 +18,26 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Rewards are summed and centred in float32: a larger one would be infinite there."""
 
 
-def start(reward_name: str, parent_pid: int) -> None:
-    """Tie this process to its parent's life and load the reward function, so that scoring starts warm."""
+def start(reward_name: str, parent_pid: int, log: Path | None = None) -> None:
+    """Tie this process to its parent's life and load the reward function, so that scoring starts warm.
+
+    Args:
+        log: where what is printed from now on is appended to, by libraries in C and child processes too, lest
+            it goes over the progress display.
+    """
     die_with_parent(parent_pid)
+    if log is not None:
+        _print_to(log)
     call_guarded(load_reward_function, reward_name)  # a failure shows again, and is told, when scoring
+
+
+def _print_to(log: Path) -> None:
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+            # Line by line: a worker that is killed writes nothing that it still holds back.
+            cast(TextIOWrapper, stream).reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def score(reward_name: str, rollout: Rollout) -> float | Failure:

@@ -79,6 +79,8 @@ def sample(prompt: Prompt, index: int, num_samples: int = 2) -> Rollout:
 class Rewards:
     """10 p + i."""
 
+    num_failures = 0
+
     def score(self, rollouts: list[Rollout]) -> list[float]:
         return [10.0 * rollout.prompt.id + rollout.sample_index for rollout in rollouts]
 
@@ -150,6 +152,10 @@ def test_sequences_of_a_step_by_hand() -> None:
         num_samples=4,
         reward_sum=0 + 1 + 10 + 11,
         reward_square_sum=0 + 1 + 100 + 121,
+        reward_max=11,
+        reward_negated_max=0,
+        num_groups_scored=2,
+        num_groups_varied=2,
         length_sum=1 + 2 + 2 + 3,
         num_truncated=2,
         num_prompt_tokens=1 + 1 + 2 + 2,
@@ -243,6 +249,18 @@ def test_masked_responses_do_not_enter_the_normalisation() -> None:
     result = collect(experience, 0, 0)
     # All counted tokens have the centred reward -1/2: mean -1/2, variance 0, held at 1e-8.
     assert [sequence.advantages[0].item() for sequence in result.sequences] == pytest.approx([0, 1e4] * 2)
+
+
+def test_rewards_that_failed_are_counted() -> None:
+    class SomeFail(Rewards):
+        num_failures = 5
+
+        def score(self, rollouts: list[Rollout]) -> list[float]:
+            self.num_failures += 3
+            return super().score(rollouts)
+
+    experience, _ = make_experience(make_config(), make_share(2), rewards=SomeFail())
+    assert [collect(experience, step, 0).statistics.num_reward_failures for step in range(2)] == [3, 3]
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf")])

@@ -29,6 +29,7 @@ from megatron_drpo.losses.tokens import LossTokens
 from megatron_drpo.metrics.diagnostics import compute_diagnostics
 from megatron_drpo.metrics.faulty_tokens import FaultyToken
 from megatron_drpo.metrics.progress import Progress
+from megatron_drpo.metrics.sample_statistics import SampleStatistics
 from megatron_drpo.metrics.writer import MetricsWriter, read_metrics
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import UpdateResult
@@ -215,6 +216,29 @@ def test_a_trust_region_that_does_not_bind_is_said(
     assert all(found[step].startswith(text) for step, text in alarms.items())
     shown = [line for line in stream.getvalue().splitlines() if line.startswith("warning: ")]
     assert shown == [f"warning: {text}" for text in found.values()]
+
+
+def test_rewards_without_signal_are_said(
+    start: Callable[..., Trainer], tmp_path: Path, one_rank: ParallelState
+) -> None:
+    trainer = start(tmp_path / "run")
+    stream = io.StringIO()
+    policy: Any = SimpleNamespace(objective=None, parallel=one_rank)
+    trainer.policy = policy
+    trainer.progress = Progress(20, live=False, console=Console(file=stream))
+    statistics = SampleStatistics(num_groups_scored=2, num_groups_varied=0)
+    for _ in range(4):
+        statistics.count(5, 7, reward=0.0, truncated=True)
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as trainer.writer:
+        for step in range(1, 13):
+            trainer._report(step, trainer._sample_metrics(statistics))
+    records = read_metrics(tmp_path / "run")
+    assert {record["reward/varied_groups_share"] for record in records} == {0.0}
+    alarms = {record["step"]: record["alarm"] for record in records if "alarm" in record}
+    assert alarms.keys() == {10}
+    assert alarms[10].startswith("all 40 rewards of 10 steps are 0: ")
+    assert "100% of the responses are cut off" in alarms[10]
+    assert f"warning: {alarms[10]}" in stream.getvalue().splitlines()
 
 
 def test_faulty_tokens_are_counted_shown_and_named(

@@ -141,6 +141,49 @@ def test_workers_killed_while_idle_are_replaced(make_rollout: MakeRollout) -> No
         assert pool.score([make_rollout("42")]) == [1.0]
 
 
+TALKATIVE = """
+import os, subprocess, sys
+print("imported")
+
+def score(rollout):
+    print("to stdout", rollout.text)
+    print("to stderr", rollout.text, file=sys.stderr)
+    os.write(1, b"from C\\n")
+    subprocess.run(["echo", "from a child"], check=True)
+    if rollout.text == "die":
+        print("last words \\ud83d")
+        os._exit(9)
+    return 1.0
+"""
+
+
+def test_what_a_reward_prints_goes_to_its_log(
+    make_rollout: MakeRollout,
+    write_module: WriteModule,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of both workers, of the one that takes the place of another, and up to the last line before it died."""
+    write_module("pool_talks", TALKATIVE)
+    config = RewardConfig(name="pool_talks:score", num_workers=2, on_error=OnRewardError.zero)
+    log = tmp_path / "run" / "logs" / "reward_rank_0.log"
+    with RewardPool(config, log) as pool:
+        texts = ["one", "die", "two", "three"]
+        assert pool.score([make_rollout(text) for text in texts]) == [1.0, 0.0, 1.0, 1.0]
+    lines = log.read_text().splitlines()
+    for text in texts:
+        assert lines.count(f"to stdout {text}") == 1
+        assert lines.count(f"to stderr {text}") == 1
+    assert lines.count("from C") == lines.count("from a child") == 4
+    assert lines.count("last words \\ud83d") == 1
+    assert 2 <= lines.count("imported") <= 3
+    with RewardPool(config, log) as pool:
+        pool.score([make_rollout("four")])
+    assert log.read_text().startswith("\n".join(lines)), "a resumed run appends"
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
 def test_close_leaves_no_process(make_rollout: MakeRollout, write_module: WriteModule) -> None:
     write_module("pool_close", "import os\ndef score(rollout):\n    return os.getpid()\n")
     with RewardPool(RewardConfig(name="pool_close:score")) as pool:
