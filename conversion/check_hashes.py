@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import torch
 
 from conversion.hf_rows import HfRows
 from conversion.hf_source import HfSource
-from conversion.integrity import INTEGRITY_FILE, read_integrity
 from conversion.manifest import Manifest, find_manifest, hash_rows, read_manifest
 from conversion.plan import Unit
 from conversion.to_hf import ToHf
 from conversion.workers import check_jobs
 from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.integrity import INTEGRITY_FILE, hash_file, read_integrity
 
 
 def check_files(folder: Path, *, num_workers: int) -> list[str]:
@@ -32,12 +31,8 @@ def check_files(folder: Path, *, num_workers: int) -> list[str]:
     present = [name for name in names if (folder / name).is_file()]
 
     def work(name: str, count: Callable[[int], None]) -> list[str]:
-        digest = hashlib.sha256()
-        with (folder / name).open("rb", buffering=0) as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-                count(len(block))
-        return [] if digest.hexdigest() == names[name] else [f"{folder / name}: SHA-256 differs"]
+        same = hash_file(folder / name, count) == names[name]
+        return [] if same else [f"{folder / name}: SHA-256 differs"]
 
     manifest = find_manifest(folder)
     if manifest is not None:

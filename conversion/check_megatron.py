@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from conversion.integrity import INTEGRITY_FILE
 from conversion.to_hf import ToHf, ToHfOptions
 from megatron_drpo.config import Config, DataConfig, Dtype, ParallelConfig, PlatformName, PolicyConfig
+from megatron_drpo.integrity import INTEGRITY_FILE
 from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.load_megatron import READ_ERRORS, describe_error, load_megatron_weights
 from megatron_drpo.models.mapping import TensorMap

@@ -29,12 +29,12 @@ from conversion.torch_dist_writer import (
     data_file_name,
     with_leading_ones,
     write_common_state,
-    write_integrity,
     write_metadata,
 )
 from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError, ModelError
 from megatron_drpo.hf_io import HfFolder, copy_config_files, update_config
+from megatron_drpo.integrity import write_integrity
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.mapping import TensorMap
 from megatron_drpo.models.places import KeyLayout, Places

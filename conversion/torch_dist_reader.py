@@ -15,8 +15,8 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from conversion.integrity import check_description
 from megatron_drpo.errors import CheckpointError
+from megatron_drpo.integrity import check_description
 from megatron_drpo.torch_dist import CONFIG_FILE, METADATA_FILE, find_checkpoint, read_metadata
 
 

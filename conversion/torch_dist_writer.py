@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.integrity import INTEGRITY_FILE
 from conversion.torch_dist_reader import Chunk
 from conversion.workspace import flush_path, start_writeback
 from megatron_drpo.torch_dist import COMMON_FILE, CONFIG_FILE, METADATA_FILE
@@ -148,20 +147,6 @@ def write_common_state(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, content)
     (folder / COMMON_FILE).write_bytes(content.getvalue())
     (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG | _COMMON_CONFIG), "utf-8")
-
-
-def write_integrity(folder: Path, known: dict[str, str]) -> None:
-    """Megatron's manifest of the files in `folder` itself.
-
-    Args:
-        known: file name -> SHA-256 of large files that need not be read again.
-    """
-    files = {}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != INTEGRITY_FILE:
-            files[file.name] = known.get(file.name) or hashlib.sha256(file.read_bytes()).hexdigest()
-    manifest = {"algorithm": "sha256", "files": files}
-    (folder / INTEGRITY_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
 
 
 def data_file_name(unit: int) -> str:

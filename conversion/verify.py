@@ -31,6 +31,7 @@ from conversion.to_hf import ToHf, ToHfOptions
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.errors import CheckpointError, ConversionError
 from megatron_drpo.hf_io import INDEX_FILE, SINGLE_FILE, HfFolder
+from megatron_drpo.integrity import read_integrity
 from megatron_drpo.models.tied_head import check_tied_head
 
 LOGIT_TOLERANCE = 1e-3
@@ -72,8 +73,8 @@ def verify_checkpoint(
     checkpoint = ToHf(path, config_folder, ToHfOptions())
     parallels = {layout: parse_layout(layout, is_moe=checkpoint.arch.moe is not None) for layout in layouts}
     manifest = find_manifest(checkpoint.reader.path)
-    if manifest is None:
-        report.skip("hashes", "only converted checkpoints have them")
+    if manifest is None and read_integrity(checkpoint.reader.path) is None:
+        report.skip("hashes", "this checkpoint has none")
     else:
         report.add("files, SHA-256", check_files(checkpoint.reader.path, num_workers=num_workers))
     source = _open_source(checkpoint, config_folder)

@@ -51,6 +51,8 @@ class RunState:
     architecture: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     """Bytes of every other file of the checkpoint."""
+    has_hashes: bool = False
+    """There is an integrity.json; false in checkpoints from before they had one."""
     run_id: str = ""
     """Of the run that wrote it; empty in checkpoints from before runs had one."""
     format_version: int = _FORMAT_VERSION
@@ -147,7 +149,7 @@ class CheckpointFolder:
         run_id, own = self._read_id(), None
         foreign: list[str] = []
         unreadable: list[str] = []
-        for path in self._steps().values():
+        for path in _steps(self.folder).values():
             try:
                 writer = read_run_state(path).run_id
             except CheckpointError as error:
@@ -165,8 +167,19 @@ class CheckpointFolder:
             )
         return own
 
+    def way_back(self, path: Path) -> str:
+        """How to continue from a checkpoint before a damaged one, in a sentence."""
+        names = [step.name for step in _steps(path.parent).values() if _is_complete(step)]
+        older = names[: names.index(path.name)] if path.name in names else []
+        if not older:
+            return "There is no older checkpoint beside it"
+        how = f"set checkpoint.load_path={path.parent / older[-1]}"
+        if self.is_own(path):
+            how = f"write {older[-1]} into {self.folder / _LATEST} and start the run again"
+        return f"To go back to an older checkpoint ({', '.join(older)}), {how}"
+
     def _ways_out(self) -> str:
-        names = ", ".join(path.name for path in self._steps().values() if _is_complete(path))
+        names = ", ".join(path.name for path in _steps(self.folder).values() if _is_complete(path))
         pointer = self.folder / _LATEST
         go_on = f"To continue from one of {names}, write its name into {pointer}. " if names else ""
         return f"{go_on}To start over, take another run_dir, or checkpoint.resume=false, which replaces these"
@@ -185,16 +198,10 @@ class CheckpointFolder:
         new.replace(self.folder / file)
         _flush_to_disk(self.folder)
 
-    def _steps(self) -> dict[int, Path]:
-        """By number, oldest first."""
-        paths = self.folder.iterdir() if self.folder.is_dir() else ()
-        steps = {int(match[1]): path for path in paths if (match := re.fullmatch(r"step_(\d+)", path.name))}
-        return dict(sorted(steps.items()))
-
     def _steps_until(self, newest: Path) -> list[Path]:
         """Oldest first. Later ones are of a run before this one in the same folder: not ours to delete."""
         last = int(newest.name.removeprefix("step_"))
-        return [path for step, path in self._steps().items() if step <= last]
+        return [path for step, path in _steps(self.folder).items() if step <= last]
 
     def _delete(self, folder: Path) -> None:
         shutil.rmtree(folder.rename(self.folder / f"{PARTIAL}deleted_{folder.name}"))
@@ -219,6 +226,13 @@ def read_run_state(path: Path) -> RunState:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     raise CheckpointError(f"{path}: format version {version}, this program reads {_FORMAT_VERSION}")
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """By number, oldest first."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    steps = {int(match[1]): path for path in paths if (match := re.fullmatch(r"step_(\d+)", path.name))}
+    return dict(sorted(steps.items()))
 
 
 def _is_complete(path: Path) -> bool:

@@ -612,6 +612,8 @@ class CheckpointConfig(Section):
     """Continue from run_dir's latest checkpoint if there is one."""
     load_path: str | None = file_path(None)
     """Start from the checkpoint of another run (a `step_N` folder), under this run's layout."""
+    verify_on_load: bool = True
+    """Compare the hashes of a checkpoint's files before resuming from it; each rank reads its part."""
     export_hf: bool = True
     """Write the final weights as an HF folder, run_dir/hf."""
 

@@ -223,7 +223,7 @@ class Trainer:
         own = path is not None and self.checkpointer.is_own(path)
         if path is not None:
             self._phase("loading the checkpoint")
-            self.state = self.checkpointer.load(path, self.policy)
+            self.state = self.checkpointer.load(path, self.policy, self._show)
             self.current_step = self.state.step
             if self.share is not None:
                 self.share.source.load_state_dict(self.state.cursor)
@@ -239,6 +239,10 @@ class Trainer:
         self.checkpointer.claim()
 
     # ------------------------------------------------------------------------------------- what is seen
+
+    def _show(self, message: str) -> None:
+        if self.progress is not None:
+            self.progress.message(message)
 
     def _show_messages(self) -> None:
         if self.publisher is not None and self.progress is not None:

@@ -198,7 +198,7 @@ def killed_before_operation(monkeypatch: pytest.MonkeyPatch, number: int) -> Ite
         for file in sorted(folder.iterdir())[::2]:
             file.unlink()
 
-    def half_written(_: Any, folder: str) -> None:
+    def half_written(_: Any, folder: str, *__: Any) -> None:
         (Path(folder) / "__0_0.distcp").write_bytes(b"half")
 
     with monkeypatch.context() as patch:

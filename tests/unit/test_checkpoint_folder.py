@@ -126,3 +126,18 @@ def test_a_run_state_of_another_kind_is_a_checkpoint_error(tmp_path: Path, text:
     (tmp_path / "run_state.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_run_state(tmp_path)
+
+
+def test_the_way_back_from_a_damaged_checkpoint(tmp_path: Path) -> None:
+    paths = [put(tmp_path / "run", step, keep_last=9) for step in (3, 20, 1_000_000)]
+    here, there = folder_of(tmp_path / "run"), folder_of(tmp_path / "other")
+    assert here.way_back(paths[0]) == "There is no older checkpoint beside it"
+    assert here.way_back(paths[2]) == (
+        "To go back to an older checkpoint (step_000003, step_000020), write step_000020 into "
+        f"{tmp_path}/run/checkpoints/latest and start the run again"
+    )
+    (paths[2].parent / "latest").write_text("step_000020\n")
+    assert here.locate() == paths[1]
+    assert there.way_back(paths[1]) == (
+        f"To go back to an older checkpoint (step_000003), set checkpoint.load_path={paths[0]}"
+    )

@@ -40,7 +40,9 @@ from megatron_drpo.types import Origin, TrainSequence
 class SavedStates(Checkpointer):
     """Checkpoints without tensors: folders that hold a run state, of the run that has claimed the folder."""
 
-    def load(self, path: Path, policy: object) -> RunState:
+    def load(
+        self, path: Path, policy: object, show: Callable[[str], None] = lambda message: None
+    ) -> RunState:
         return RunState(**json.loads((path / "run_state.json").read_text()))
 
     def put(self, state: RunState) -> Path:
