@@ -1,9 +1,11 @@
 """Speed and memory of the conversions beside a copy of the same bytes.
 
+    python tools/bench_conversion.py                          # within 8 minutes; 8 GB of disk meanwhile
     python tools/bench_conversion.py FOLDER --output DISK
 
-FOLDER is an HF folder, such as tools/random_checkpoint.py writes. All take turns, so that a busy moment of
-the machine meets each; a ratio is the median over turns of the `cp`'s time divided by the own one.
+FOLDER is an HF folder, such as tools/random_checkpoint.py writes; without it a random one is made, of one
+layer of Qwen3-30B-A3B's shape (2.5 GB), and deleted at the end. All take turns, so that a busy moment of the
+machine meets each; a ratio is the median over turns of the `cp`'s time divided by the own one.
 Times are of whole commands, fsync and Python's start included.
 """
 
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,10 +31,19 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megatron_drpo.lifetime import ends_in_order_on_sigterm
+from tools import random_checkpoint
+
 COPY = "cp_fsync"
 TO_MEGATRON = "hf_to_megatron"
 TO_HF = "megatron_to_hf"
 _SAMPLE_S = 0.05
+_MADE = ("--layers", "1")
+"""The arguments of random_checkpoint.py."""
+_MADE_BYTES = 8e9
+"""With all that is made of it, at the most."""
 
 
 @dataclass
@@ -120,10 +131,9 @@ def run_turns(
             os.sync()
             set_cache(source, warm=warm)
             load = os.getloadavg()[0]
+            console.print(f"turn {turn + 1} of {repeats}: {name} ... ", end="")
             measure(command, rows[name])
-            console.print(
-                f"turn {turn + 1}: {name}: {rows[name].seconds[-1]:.1f} s (load before: {load:.1f})"
-            )
+            console.print(f"{rows[name].seconds[-1]:.1f} s (load before: {load:.1f})")
             if name != TO_MEGATRON:  # the way back reads it
                 shutil.rmtree(output / name)
         shutil.rmtree(output / TO_MEGATRON)
@@ -152,8 +162,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="HF folder to convert")
-    parser.add_argument("--output", type=Path, help="write below this folder; default: FOLDER's own")
+    parser.add_argument("folder", type=Path, nargs="?", help="HF folder to convert; default: a random one")
+    parser.add_argument(
+        "--output", type=Path, help="write below this folder; default: FOLDER's own, or the temporary one"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--warm", action="store_true", help="each command finds its input in the page cache; default: none"
@@ -168,7 +180,27 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    source = arguments.folder.absolute()
+    with ends_in_order_on_sigterm(lambda: ""), ExitStack() as stack:
+        source = arguments.folder or make_folder(console, arguments.output, stack)
+        bench(console, source.absolute(), arguments)
+    return 0
+
+
+def make_folder(console: Console, output: Path | None, stack: ExitStack) -> Path:
+    """An HF folder that goes with the stack."""
+    temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output)))
+    free = shutil.disk_usage(temporary).free
+    if free < _MADE_BYTES:
+        sys.exit(
+            f"{temporary.parent} has {free / 1e9:.1f} GB free, of {_MADE_BYTES / 1e9:.0f} GB needed: --output"
+        )
+    console.print(f"writing a random model below {temporary}")
+    random_checkpoint.main([str(temporary / "model"), *_MADE])
+    return temporary / "model"
+
+
+def bench(console: Console, source: Path, arguments: argparse.Namespace) -> None:
+    """All turns, with a table."""
     num_bytes = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     console.print(
         f"{num_bytes / 1e9:.2f} GB, input {'cached' if arguments.warm else 'not cached'}; {os.cpu_count()} x "
@@ -180,7 +212,6 @@ def main() -> int:
         rows = run_turns(console, found, Path(output), arguments.repeats, warm=arguments.warm)
     show(console, rows, num_bytes)
     console.print(f"load at the end: {os.getloadavg()[0]:.1f}")
-    return 0
 
 
 def _cpu_model() -> str:

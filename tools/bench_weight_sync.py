@@ -1,11 +1,14 @@
 """Time and memory of a weight sync beside a plain gloo broadcast of the same bytes.
 
-    python tools/bench_weight_sync.py FOLDER URL [URL ...]
+    python tools/bench_weight_sync.py                         # needs `make sglang-env`; within 10 minutes
+    python tools/bench_weight_sync.py FOLDER [URL ...]
 
-FOLDER is an HF folder, such as tools/tiny_model.py writes; the URLs are SGLang servers of it. Measured with
-the first server alone and with all. The plain broadcast goes to as many processes that do nothing else; all
-take turns, so that a busy moment of the machine meets each. Times are medians of whole pushes: pause,
-buckets, version, continue. Memory is what the pushing process took beyond the model it holds, at the peak.
+FOLDER is an HF folder, such as tools/tiny_model.py writes; the URLs are SGLang servers of it. What is not
+given is made, in a temporary folder that is deleted: a random model of 529 MB in fp32 whose experts have the
+size of Qwen3-30B-A3B's, and two servers. Measured with the first server alone and with all. The plain
+broadcast goes to as many processes that do nothing else; all take turns, so that a busy moment of the machine
+meets each. Times are medians of whole pushes: pause, buckets, version, continue. Memory is what the pushing
+process took beyond the model it holds, at the peak.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,10 +33,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
-from megatron_drpo.errors import WeightSyncError
+from megatron_drpo.config_io import load_config
+from megatron_drpo.errors import DrpoError, WeightSyncError
 from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.lifetime import ends_in_order_on_sigterm
+from megatron_drpo.rollout.launch import build_fleet
 from megatron_drpo.weight_sync.push import WeightPusher
+from tools.tiny_model import write_tiny_moe
 
 Tensors = list[tuple[str, torch.Tensor]]
 _PLAIN = "plain broadcast"
@@ -40,6 +50,9 @@ _WAYS = ("distributed", "distributed+checksum", "tensor", "disk")
 _NUM_SLOW_TURNS = 2
 """Of the tensor path, which takes seconds."""
 _TIMEOUT = timedelta(seconds=120)
+_MODEL = {"num_layers": 6, "hidden_size": 1024, "num_experts": 8, "expert_size": 768}
+_NUM_SERVERS = 2
+console = Console(width=110, highlight=False)
 
 
 class PlainBroadcast:
@@ -145,9 +158,13 @@ def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argpa
         for name in arguments.ways:
             path, _, checks = name.partition("+")
             ways[name] = make(path, verify_every=1 if checks else 0)
-        peaks = {name: measure_peak(way.run) for name, way in ways.items()}  # warms up as well
+        peaks: dict[str, int] = {}
+        for name, way in ways.items():
+            say(f"{len(endpoints)} server(s): memory of {name}")
+            peaks[name] = measure_peak(way.run)  # warms up as well
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(arguments.num_repeats):
+            say(f"{len(endpoints)} server(s): turn {turn + 1} of {arguments.num_repeats}")
             for name, way in ways.items():
                 if turn >= _NUM_SLOW_TURNS and name == "tensor":
                     continue
@@ -169,31 +186,78 @@ def bench(folder: Path, tensors: Tensors, endpoints: list[str], arguments: argpa
     return table
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--receive"]:
-        receive(*map(int, sys.argv[2:]))
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("endpoints", nargs="+")
+def say(text: str) -> None:
+    """What happens, with the time."""
+    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {text}", soft_wrap=True)
+
+
+def start_servers(model: Path, folder: Path, stack: ExitStack) -> list[str]:
+    """Their endpoints; they end with the stack.
+
+    Raises:
+        RolloutError: one does not start.
+    """
+    say(f"starting {_NUM_SERVERS} SGLang servers")
+    config = load_config(
+        [
+            *("platform=cpu", f"policy.model_path={model}", "policy.dtype=fp32", "data.train_path=none"),
+            *(f"run_dir={folder}", "rollout.engine=sglang", f"rollout.fleet.num_servers={_NUM_SERVERS}"),
+            *("rollout.sglang.context_length=512", "rollout.sglang.max_total_tokens=4096"),
+            *("rollout.startup_timeout_s=300", "rollout.fleet.health_interval_s=600"),  # not amid a push
+        ]
+    )
+    return stack.enter_context(build_fleet(config)).endpoints
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help="HF folder; default: a random model")
+    parser.add_argument("endpoints", nargs="*", help="servers of it; default: two are started")
     parser.add_argument("--ways", nargs="+", choices=_WAYS, default=_WAYS)
     parser.add_argument("--bucket-mib", type=int, default=62)
     parser.add_argument("--num-repeats", type=int, default=7)
     parser.add_argument(
         "--run-dir", type=Path, help="where the disk path writes; default: a temporary folder"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make what is not given, measure, and delete it."""
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = arguments.folder
+        if model is None:
+            model = temporary / "model"
+            say(f"writing a random model to {model}")
+            write_tiny_moe(model, **_MODEL)
+        endpoints = arguments.endpoints or start_servers(model, temporary, stack)
+        folder = HfFolder(model)
+        tensors = [(name, folder.get(name).clone()) for name in folder]
+        info = httpx.get(f"{endpoints[0]}/server_info", trust_env=False).json()
+        console.print(
+            f"torch {torch.__version__}, SGLang {info.get('version')}, Python {platform.python_version()}, "
+            f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+        )
+        for count in sorted({1, len(endpoints)}):
+            console.print(bench(model, tensors, endpoints[:count], arguments))
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--receive"]:
+        receive(*map(int, sys.argv[2:]))
+    arguments = parse_arguments()
     torch.set_num_threads(1)
-    folder = HfFolder(arguments.folder)
-    tensors = [(name, folder.get(name).clone()) for name in folder]
-    info = httpx.get(f"{arguments.endpoints[0]}/server_info", trust_env=False).json()
-    console = Console(width=110)
-    console.print(
-        f"torch {torch.__version__}, SGLang {info.get('version')}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
-    )
-    for count in sorted({1, len(arguments.endpoints)}):
-        console.print(bench(arguments.folder, tensors, arguments.endpoints[:count], arguments))
+    try:
+        with ends_in_order_on_sigterm(lambda: ""):
+            run(arguments)
+    except DrpoError as error:
+        console.print(f"{type(error).__name__}: {error}", markup=False)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

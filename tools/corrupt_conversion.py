@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose names match this regular expression")
     arguments = parser.parse_args()
     cases = [case for case in all_cases() if re.search(arguments.only, str(case))]
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     table = Table("input", "corruption", "action", "message", "")
     num_failed = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -143,8 +144,8 @@ def main() -> int:
             outcome = try_case(case, originals, folder / str(number))
             num_failed += bool(outcome.problems)
             verdict = f"[red]{'; '.join(outcome.problems)}[/]" if outcome.problems else "[green]ok[/]"
+            console.print(f"[dim]{number + 1} of {len(cases)}: {case}[/] {verdict}")
             table.add_row(case.kind, case.name, case.action, outcome.message, verdict)
-    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     console.print(f"{len(cases)} cases, {num_failed} failed")
     return 1 if num_failed else 0

@@ -173,6 +173,7 @@ def prove(
     folder.mkdir()
     undisturbed = Conversion(DIRECTIONS[direction], source, folder / "undisturbed" / "target", mark)
     started = time.monotonic()
+    console.print(f"{direction}: undisturbed", style="dim")
     undisturbed.start()
     if undisturbed.wait() != 0:
         raise RuntimeError(f"the undisturbed conversion failed: {undisturbed.log_tail()}")
@@ -188,6 +189,9 @@ def prove(
         shutil.rmtree(conversion.target.parent)
         all_well &= not trial.problems
         verdict = f"[red]{'; '.join(trial.problems)}[/]" if trial.problems else "[green]ok[/]"
+        console.print(
+            f"[dim]{direction}: {number + 1} of {num_kills}:[/] {', then '.join(trial.kills)} {verdict}"
+        )
         table.add_row(
             str(number + 1), ", then ".join(trial.kills), ", ".join(map(str, trial.units_done)), verdict
         )

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     family = get_family(parsed)
     shapes = family.mapping(family.architecture(parsed)).hf_shapes
     source = np.random.SFC64(arguments.seed)
-    num_bytes, start = 0, time.perf_counter()
+    num_bytes, told, start = 0, 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as described:
         (Path(described) / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         with HfWriter(
@@ -106,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tensor = random_bf16(shape, source)
                 writer.add(name, tensor)
                 num_bytes += tensor.nbytes
+                if num_bytes >= told + 5e9:
+                    told = num_bytes
+                    print(f"{num_bytes / 1e9:.0f} GB, {time.perf_counter() - start:.0f} s", flush=True)
     print(
         f"{arguments.folder}: {len(shapes):,} tensors, {num_bytes / 1e9:.1f} GB, "
         f"{time.perf_counter() - start:.0f} s"

@@ -238,6 +238,47 @@ See `tools/parity.py`, `data.train_path`, `checkpoints/latest`, `metrics.jsonl` 
     assert found == ["setting policy.logprob_chunk_tokens", "make demo", "tools/gone.py", "docs/how.md"]
 
 
+def num_required(tool: str) -> int:
+    """The positional arguments that a tool cannot do without."""
+    calls = [node for node in ast.walk(ast.parse(tool)) if isinstance(node, ast.Call)]
+    added = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
+    literal = [[a.value for a in c.args if isinstance(a, ast.Constant)] for c in added]
+    optional = [
+        any(k.arg == "nargs" and ast.unparse(k.value) in ("'?'", "'*'") for k in c.keywords) for c in added
+    ]
+    return sum(
+        not str(names[0]).startswith("-") and not may_miss
+        for names, may_miss in zip(literal, optional, strict=True)
+        if names
+    )
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_tools_run_as_the_documentation_names_them(path: Path) -> None:
+    """`python tools/x.py`, alone, is for a tool that needs no argument."""
+    wrong = [
+        command
+        for command, name, first in re.findall(
+            r"(python (tools/\w+\.py) ?([^\s;]*))", code_in(path.read_text())
+        )
+        if num_required((ROOT / name).read_text()) and first[:1] in ("", "-")
+    ]
+    assert wrong == []
+
+
+def test_required_arguments_are_recognised() -> None:
+    source = """
+parser.add_argument("folder", type=Path)
+parser.add_argument("rest", nargs="*")
+parser.add_argument("output", nargs="?", help="x")
+parser.add_argument("--seed", type=int)
+parser.add_argument(
+    "more", nargs="+"
+)
+"""
+    assert num_required(source) == 2
+
+
 def test_ci_and_makefile_start_with_what_a_bare_machine_has() -> None:
     """All commands of CI are make targets, and every make target that runs Python installs it first."""
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
