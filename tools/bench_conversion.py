@@ -33,7 +33,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_drpo.lifetime import ends_in_order_on_sigterm
+from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from tools import random_checkpoint
 
 COPY = "cp_fsync"
@@ -180,9 +180,12 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    with ends_in_order_on_sigterm(lambda: ""), ExitStack() as stack:
-        source = arguments.folder or make_folder(console, arguments.output, stack)
-        bench(console, source.absolute(), arguments)
+    try:
+        with ends_in_order_on_sigterm(lambda: "nothing is kept"), ExitStack() as stack:
+            source = arguments.folder or make_folder(console, arguments.output, stack)
+            bench(console, source.absolute(), arguments)
+    except (KeyboardInterrupt, Terminated) as end:
+        return tell_end(end)
     return 0
 
 

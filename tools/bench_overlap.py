@@ -34,7 +34,7 @@ from rich.table import Table
 
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import DrpoError
-from megatron_drpo.lifetime import ends_in_order_on_sigterm
+from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from megatron_drpo.rollout.launch import build_fleet
 from tools.tiny_model import write_tiny_moe
 
@@ -86,11 +86,13 @@ def main() -> int:
     arguments = parser.parse_args()
     bench = Bench(arguments)
     try:
-        with ends_in_order_on_sigterm(lambda: ""):
+        with ends_in_order_on_sigterm(lambda: f"its logs are in {arguments.folder}"):
             bench.measure()
     except DrpoError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         return 1
+    except (KeyboardInterrupt, Terminated) as end:
+        return tell_end(end)
     return 0
 
 

@@ -39,7 +39,7 @@ from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import DrpoError, WeightSyncError
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.lifetime import ends_in_order_on_sigterm
+from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from megatron_drpo.rollout.launch import build_fleet
 from megatron_drpo.weight_sync.push import WeightPusher
 from tools.tiny_model import write_tiny_moe
@@ -251,11 +251,13 @@ def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     try:
-        with ends_in_order_on_sigterm(lambda: ""):
+        with ends_in_order_on_sigterm(lambda: "nothing is kept"):
             run(arguments)
     except DrpoError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         return 1
+    except (KeyboardInterrupt, Terminated) as end:
+        return tell_end(end)
     return 0
 
 
