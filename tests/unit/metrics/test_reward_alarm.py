@@ -44,65 +44,65 @@ def step(low: float = 0.0, high: float = 0.0, **fields: Any) -> SampleStatistics
     return SampleStatistics(**(known | fields))
 
 
-@pytest.mark.parametrize(
-    ("config", "statistics", "what", "reason"),
-    [
-        (
-            make_config(),
-            step(num_truncated=30),
-            "all 320 rewards of 10 steps are 0: ",
-            "94% of the responses are cut off, at rollout.max_response_tokens=64 or before their end",
-        ),
-        (
-            make_config("my:reward"),
-            step(num_reward_failures=32, num_truncated=32),
-            "all 320 rewards of 10 steps are 0: ",
-            "100% of the responses score 0 because reward my:reward fails on them or takes longer than",
-        ),
-        (
-            make_config(),
-            step(num_groups_identical=3),
-            "all 320 rewards of 10 steps are 0: ",
-            "in 75% of the groups all samples are the same; rollout.temperature=1, ",
-        ),
-        (
-            make_config(),
-            step(num_truncated=15),
-            "all 320 rewards of 10 steps are 0: ",
-            "no response matches its prompt's `answer`: reward math_verify cannot read the answers of train.",
-        ),
-        (
-            make_config("my:reward", Advantage.uncentred),
-            step(-0.5, -0.5),
-            "all 320 rewards of 10 steps are -0.5: ",
-            "reward my:reward finds no answer in the responses, or is the same for any",
-        ),
-        (
-            make_config(),
-            step(1.0, 1.0),
-            "all 320 rewards of 10 steps are 1: ",
-            "the prompts are too easy for this model, or reward math_verify is the same for any response",
-        ),
-        (
-            make_config(),
-            step(0.0, 1.0),
-            "in none of the 40 groups of 10 steps do the rewards differ, so that every advantage is 0",
-            "its samples all right or all wrong (mean reward 0.5)",
-        ),
-        (
-            make_config(advantage=Advantage.leave_one_out),
-            step(0.0, 1.0, num_truncated=16),
-            "(algorithm.advantage=leave_one_out): ",
-            "50% of the responses are cut off",
-        ),
-        (
-            make_config(num_samples=1),
-            step(0.0, 1.0),
-            "in none of the 40 groups",
-            "rollout.num_samples_per_prompt=1, and there is nothing to compare a single response with",
-        ),
-    ],
-)
+NO_SIGNAL = [
+    (
+        make_config(),
+        step(num_truncated=30),
+        "all 320 rewards of 10 steps are 0: ",
+        "94% of the responses are cut off, at rollout.max_response_tokens=64 or before their end",
+    ),
+    (
+        make_config("my:reward"),
+        step(num_reward_failures=32, num_truncated=32),
+        "all 320 rewards of 10 steps are 0: ",
+        "100% of the responses score 0 because reward my:reward fails on them or takes longer than",
+    ),
+    (
+        make_config(),
+        step(num_groups_identical=3),
+        "all 320 rewards of 10 steps are 0: ",
+        "in 75% of the groups all samples are the same; rollout.temperature=1, ",
+    ),
+    (
+        make_config(),
+        step(num_truncated=15),
+        "all 320 rewards of 10 steps are 0: ",
+        "no response matches its prompt's `answer`: reward math_verify cannot read the answers of train.",
+    ),
+    (
+        make_config("my:reward", Advantage.uncentred),
+        step(-0.5, -0.5),
+        "all 320 rewards of 10 steps are -0.5: ",
+        "reward my:reward finds no answer in the responses, or is the same for any",
+    ),
+    (
+        make_config(),
+        step(1.0, 1.0),
+        "all 320 rewards of 10 steps are 1: ",
+        "the prompts are too easy for this model, or reward math_verify is the same for any response",
+    ),
+    (
+        make_config(),
+        step(0.0, 1.0),
+        "in none of the 40 groups of 10 steps do the rewards differ, so that every advantage is 0",
+        "its samples all right or all wrong (mean reward 0.5)",
+    ),
+    (
+        make_config(advantage=Advantage.leave_one_out),
+        step(0.0, 1.0, num_truncated=16),
+        "(algorithm.advantage=leave_one_out): ",
+        "50% of the responses are cut off",
+    ),
+    (
+        make_config(num_samples=1),
+        step(0.0, 1.0),
+        "in none of the 40 groups",
+        "rollout.num_samples_per_prompt=1, and there is nothing to compare a single response with",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "statistics", "what", "reason"), NO_SIGNAL)
 def test_no_signal_and_why(config: Config, statistics: SampleStatistics, what: str, reason: str) -> None:
     alarm = RewardAlarm(config)
     for _ in range(2):  # windows that do not overlap
