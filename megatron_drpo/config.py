@@ -190,11 +190,13 @@ class RolloutConfig(Section):
     """Requests in flight per data-parallel replica; each asks for all samples of one prompt."""
     request_timeout_s: float = number(600.0, at_least=0.1, at_most=MONTH_S)
     num_retries: int = number(3, at_least=0, at_most=1000)
-    """Further attempts of a failed request, each on the server that is least busy, before the run stops."""
+    """Further attempts of a request that a server fails (500), leaves without an answer for request_timeout_s
+    or aborts without a token, on another server first, before the run stops."""
     startup_timeout_s: float = number(120.0, at_least=0.1, at_most=DAY_S)
     """How long a server may take until it generates."""
     no_server_timeout_s: float = number(600.0, at_least=0.1, at_most=MONTH_S)
-    """How long to wait while no server of the fleet has current weights, before the run stops."""
+    """How long to wait while no server of the fleet has current weights or is available (no connection; 408,
+    425, 429, 502, 503, 504; no JSON), before the run stops."""
     embedded: EmbeddedServerConfig = field(default_factory=EmbeddedServerConfig)
     sglang: SGLangServerConfig = field(default_factory=SGLangServerConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)

@@ -15,6 +15,13 @@ import httpx
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.answer import Answer, shorten
+from megatron_drpo.rollout.http_errors import (
+    RetryableError,
+    ServerTimeoutError,
+    UnavailableError,
+    UnreachableError,
+    refusal,
+)
 
 T = TypeVar("T")
 _KEEPALIVE_S = 2.0
@@ -129,13 +136,13 @@ class SGLangClient:
 
     # ------------------------------------------------------------------------------ information
 
-    async def is_healthy(self) -> bool:
-        """Whether /health answers 200; a server that cannot be reached is not healthy."""
+    async def health_problem(self) -> RolloutError | None:
+        """Why /health does not answer 200; None: it does."""
         try:
             await self._request("GET", "/health", parse=False)
-        except RolloutError:
-            return False
-        return True
+        except RolloutError as error:
+            return error
+        return None
 
     async def generates(self, *, timeout_s: float) -> bool:
         """Whether /health_generate answers in time: a token was sampled, or requests in flight made
@@ -196,20 +203,19 @@ class SGLangClient:
             if not request.done():
                 raise ServerTimeoutError(f"{where}: no answer within {limit_s:g} s")
             response = request.result()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise UnreachableError(f"{where}: cannot be reached: {error or type(error).__name__}") from error
         finally:
             request.cancel()
             request.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
         if not response.is_success:
-            kind = ServerFailureError if response.is_server_error else RolloutError
-            raise kind(f"{where}: HTTP {response.status_code}: {_reason(response)}")
+            raise refusal(where, response)
         if not parse:
             return None
         try:
             return response.json()
-        except ValueError as error:
-            raise RolloutError(f"{where}: the answer is not JSON: {response.text[:200]!r}") from error
+        except (ValueError, RecursionError) as error:  # of something before the server, or of another server
+            raise UnavailableError(f"{where}: the answer is not JSON: {shorten(response.text)}") from error
 
 
 async def run_all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -220,32 +226,3 @@ async def run_all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except* RolloutError as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-class RetryableError(RolloutError):
-    """A failure of the server that another attempt, or another server, may not meet."""
-
-
-class UnreachableError(RetryableError):
-    """No connection, or it broke."""
-
-
-class ServerTimeoutError(RetryableError):
-    """No answer in time."""
-
-
-class ServerFailureError(RetryableError):
-    """The server answered with an internal error (5xx)."""
-
-
-def _reason(response: httpx.Response) -> str:
-    """What the server gave as its reason; the first line of the body if it is not of the usual form."""
-    try:
-        body = response.json()
-    except ValueError:
-        message = response.text
-    else:
-        error = body.get("error", body) if isinstance(body, dict) else body
-        message = error.get("message", error) if isinstance(error, dict) else error
-    lines = str(message or "").strip().splitlines() or ["(no reason given)"]
-    return lines[0][:500]

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from megatron_drpo.rollout.client import SGLangClient, run_all
 from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.conversation import Conversation, RolloutFunction, load_rollout_function
 from megatron_drpo.rollout.event_loop import EventLoopThread
+from megatron_drpo.rollout.http_errors import RetryableError
 from megatron_drpo.rollout.pool import ServerPool
+from megatron_drpo.rollout.retry import retry_while_unavailable
 from megatron_drpo.rollout.sample import Sample, sample_seed_key
 from megatron_drpo.rollout.sampler import Sampler
 from megatron_drpo.types import Prompt, Rollout, RolloutGroup
@@ -104,7 +107,8 @@ class RolloutEngine:
             await self._pool.set_servers(endpoints)
             if self._config.deterministic:
                 new = [server.client for server in self._pool.servers if server.endpoint not in known]
-                await run_all(_check_deterministic(client) for client in new)
+                limit_s = self._config.no_server_timeout_s
+                await run_all(_check_deterministic(client, limit_s) for client in new)
 
         self._loop.run(set_servers())
 
@@ -290,8 +294,8 @@ class _Progress:
             self._report(self._num_finished)
 
 
-async def _check_deterministic(client: SGLangClient) -> None:
-    info = await client.server_info()
+async def _check_deterministic(client: SGLangClient, limit_s: float) -> None:
+    info = await retry_while_unavailable(client.server_info, limit_s)
     if not info.get("enable_deterministic_inference"):
         raise RolloutError(
             f"{client.endpoint}: rollout.deterministic=true needs a server started with --deterministic "
@@ -303,23 +307,34 @@ def wait_until_ready(config: RolloutConfig, endpoints: Sequence[str]) -> None:
     """Return when every server answers /health.
 
     Raises:
-        RolloutError: names the servers that do not within rollout.startup_timeout_s.
+        RolloutError: names the servers that do not within rollout.startup_timeout_s, with what they say; at
+            once if one refuses, for want of the right key for example.
     """
 
     async def wait() -> None:
-        clients = [
-            SGLangClient(url, timeout_s=config.request_timeout_s, api_key=config.api_key) for url in endpoints
-        ]
-        deadline = time.monotonic() + config.startup_timeout_s
-        waiting = clients
-        while waiting := [client for client in waiting if not await client.is_healthy()]:
-            if time.monotonic() > deadline:
-                names = ", ".join(client.endpoint for client in waiting)
-                raise RolloutError(
-                    f"rollout server {names}: /health did not answer within {config.startup_timeout_s:g} s"
+        async with AsyncExitStack() as stack:
+            waiting = [
+                await stack.enter_async_context(
+                    SGLangClient(url, timeout_s=config.request_timeout_s, api_key=config.api_key)
                 )
-            await asyncio.sleep(_POLL_S)
-        for client in clients:
-            await client.close()
+                for url in endpoints
+            ]
+            deadline = time.monotonic() + config.startup_timeout_s
+            while True:
+                found = {client: await client.health_problem() for client in waiting}
+                problems = {client: error for client, error in found.items() if error is not None}
+                for error in problems.values():
+                    if not isinstance(error, RetryableError):
+                        raise error
+                waiting = [*problems]
+                if not waiting:
+                    return
+                if time.monotonic() > deadline:
+                    names = ", ".join(client.endpoint for client in waiting)
+                    raise RolloutError(
+                        f"rollout server {names}: /health did not answer within "
+                        f"{config.startup_timeout_s:g} s: {'; '.join(map(str, problems.values()))}"
+                    )
+                await asyncio.sleep(_POLL_S)
 
     asyncio.run(wait())

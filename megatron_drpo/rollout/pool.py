@@ -6,6 +6,8 @@ Everything here runs in the engine's event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -13,10 +15,9 @@ from typing import Any, TypeVar
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.client import SGLangClient
+from megatron_drpo.rollout.retry import Backoff
 
 T = TypeVar("T")
-_FIRST_SUSPENSION_S = 0.2
-_MAX_SUSPENSION_S = 10.0
 _PREFIX_WORTH = 2
 """A server that has the prefix is taken while it has at most so many times the samples of the idlest one."""
 
@@ -26,6 +27,10 @@ class ServerLostError(RolloutError):
     request."""
 
 
+class NoServerError(RolloutError):
+    """None took requests for rollout.no_server_timeout_s."""
+
+
 class PooledServer:
     """One server with current weights."""
 
@@ -33,6 +38,8 @@ class PooledServer:
         self.client = client
         self.suspended = suspended
         """Why it gets no requests at present; empty if it does."""
+        self.retry_at = 0.0
+        """`time.monotonic()` before which it wants no requests."""
         self.num_in_flight = 0
         """Samples."""
         self._lost = asyncio.Event()
@@ -71,7 +78,9 @@ class ServerPool:
         self._build_client = build_client
         self._servers: dict[str, PooledServer] = {}
         self._changed = asyncio.Event()
-        self._is_held = False
+        self._held_since: float | None = None
+        self._held_s = 0.0
+        """Without the hold of now."""
         self._watching: asyncio.Task[None] | None = None
         self._lifting: dict[PooledServer, asyncio.Task[None]] = {}
 
@@ -81,17 +90,19 @@ class ServerPool:
         return list(self._servers.values())
 
     async def set_servers(self, endpoints: Iterable[str]) -> None:
-        """These and no others, free of suspensions. Requests at a server that is not among them fail with
-        ServerLostError."""
+        """These and no others, free of suspensions but for those that a server has asked for. Requests at a
+        server that is not among them fail with ServerLostError."""
         wanted = dict.fromkeys(endpoint.rstrip("/") for endpoint in endpoints)
         kept = self._servers
         self._servers = {
             endpoint: kept.pop(endpoint, None) or PooledServer(self._build_client(endpoint))
             for endpoint in wanted
         }
+        now = time.monotonic()
         for server in self._servers.values():
-            server.suspended = ""
-        self._is_held = False
+            if server.retry_at <= now:
+                server.suspended = ""
+        self._held_s, self._held_since = now - self.clock(), None
         self._changed.set()
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
@@ -110,7 +121,7 @@ class ServerPool:
             avoid: endpoints to take only if there is no other.
 
         Raises:
-            RolloutError: no server within rollout.no_server_timeout_s.
+            NoServerError: none within rollout.no_server_timeout_s, holds not counted.
         """
         server = await self._wait_for_server(preferred, avoid)
         server.num_in_flight += num_samples
@@ -121,17 +132,34 @@ class ServerPool:
 
     def hold(self) -> None:
         """Give out no server, and ask none to generate, until `set_servers`."""
-        self._is_held = True
+        if self._held_since is None:
+            self._held_since = time.monotonic()
 
-    def suspend(self, server: PooledServer, reason: str) -> None:
-        """No more requests to it until it is seen to generate, or until `set_servers`."""
+    def clock(self) -> float:
+        """Seconds that go by while servers are given out, and stand still during a hold."""
+        now = time.monotonic() if self._held_since is None else self._held_since
+        return now - self._held_s
+
+    def suspend(self, server: PooledServer, reason: str, *, at_least_s: float = 0.0) -> None:
+        """No more requests to it until it is seen to generate, or until `set_servers`.
+
+        Args:
+            at_least_s: but not before so many seconds.
+        """
+        server.retry_at = max(server.retry_at, time.monotonic() + at_least_s)
         if not server.suspended and self._servers.get(server.endpoint) is server:
             server.suspended = reason
             self._lift_later(server)
 
     def fence(self, server: PooledServer, reason: str) -> None:
         """No more requests to it until `set_servers` says that it has current weights."""
-        server.suspended = reason
+        server.suspended, server.retry_at = reason, 0.0
+        if server in self._lifting:
+            self._lifting[server].cancel()
+
+    def has_other(self, avoid: Collection[str]) -> bool:
+        """Whether a server can be had that is not to be avoided."""
+        return any(not server.suspended and server.endpoint not in avoid for server in self.servers)
 
     def describe(self) -> str:
         """One clause per server."""
@@ -151,19 +179,25 @@ class ServerPool:
 
     # ------------------------------------------------------------------------------------ choice
 
+    @property
+    def _is_held(self) -> bool:
+        return self._held_since is not None
+
     async def _wait_for_server(self, preferred: str | None, avoid: Collection[str]) -> PooledServer:
         limit_s = self._config.no_server_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                while (server := self._choose(preferred, avoid)) is None:
-                    self._changed.clear()
+        start = self.clock()
+        while (server := self._choose(preferred, avoid)) is None:
+            remaining = start + limit_s - self.clock()
+            if remaining <= 0:
+                raise NoServerError(
+                    f"no rollout server took requests for rollout.no_server_timeout_s={limit_s:g}: "
+                    f"{self.describe()}"
+                )
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if self._is_held else remaining):
                     await self._changed.wait()
-                return server
-        except TimeoutError:
-            raise RolloutError(
-                f"no rollout server took requests for rollout.no_server_timeout_s={limit_s:g}: "
-                f"{self.describe()}"
-            ) from None
+        return server
 
     def _choose(self, preferred: str | None, avoid: Collection[str]) -> PooledServer | None:
         if self._is_held:
@@ -200,18 +234,23 @@ class ServerPool:
         await server.client.close()
 
     def _lift_later(self, server: PooledServer) -> None:
-        task = asyncio.ensure_future(self._lift(server))
-        self._lifting[server] = task
-        task.add_done_callback(lambda _: self._lifting.pop(server, None))
+        if server in self._lifting:  # of a suspension that `set_servers` has ended
+            self._lifting[server].cancel()
+        task = self._lifting[server] = asyncio.ensure_future(self._lift(server))
+        task.add_done_callback(self._forget_lift)
+
+    def _forget_lift(self, done: asyncio.Task[None]) -> None:
+        self._lifting = {server: task for server, task in self._lifting.items() if task is not done}
 
     async def _lift(self, server: PooledServer) -> None:
-        pause_s = _FIRST_SUSPENSION_S
+        backoff = Backoff()
         while True:
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_SUSPENSION_S)
+            await asyncio.sleep(max(backoff.next_s(), server.retry_at - time.monotonic()))
             if not server.suspended or self._servers.get(server.endpoint) is not server:
                 return
-            if not self._is_held and await self._generates(server):
+            if self._is_held or server.retry_at > time.monotonic():
+                continue
+            if await self._generates(server):
                 server.suspended = ""
                 self._changed.set()
 

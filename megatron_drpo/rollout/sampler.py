@@ -7,15 +7,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from megatron_drpo.config import RolloutConfig
-from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.client import RetryableError, ServerFailureError
 from megatron_drpo.rollout.completion import (
     Completion,
     RouteShape,
     WrongVersionError,
     parse_completion,
 )
-from megatron_drpo.rollout.pool import PooledServer, ServerLostError, ServerPool
+from megatron_drpo.rollout.failures import Failures
+from megatron_drpo.rollout.http_errors import RetryableError, ServerTimeoutError, UnavailableError
+from megatron_drpo.rollout.pool import NoServerError, PooledServer, ServerLostError, ServerPool
 from megatron_drpo.rollout.sample import Sample
 
 
@@ -26,8 +26,9 @@ class AbortedError(RetryableError):
 class Sampler:
     """Sends requests; used in the engine's event loop alone.
 
-    A request that fails goes to another server under a new id; nothing is taken over from the failed attempt,
-    so that no sample is lost or counted twice. A sample that a server aborted goes on from the tokens it has.
+    A request that fails goes to another server under a new id, if there is one, or waits a little; nothing is
+    taken over from the failed attempt, so that no sample is lost or counted twice. A sample that a server
+    aborted goes on from the tokens it has.
     """
 
     def __init__(
@@ -58,29 +59,41 @@ class Sampler:
         Raises:
             RolloutError: names the server and the request.
         """
-        failures: list[str] = []
-        avoid: set[str] = set()
+        failures = Failures(self._config, self._pool)
         while waiting := [sample for sample in samples if not sample.is_finished]:
-            preferred = waiting[0].server or server
-            async with self._pool.lease(len(waiting), preferred=preferred, avoid=avoid) as leased:
-                try:
-                    await self._attempt(leased, waiting, num_topk)
-                    continue
-                except ServerLostError:
-                    self.num_retries += 1
-                    continue
-                except (RetryableError, WrongVersionError) as error:
-                    failures.append(str(error))
-                    avoid.add(leased.endpoint)
-                    if avoid.issuperset(known.endpoint for known in self._pool.servers):
-                        avoid = {leased.endpoint}
-                    if isinstance(error, WrongVersionError):
-                        self._pool.fence(leased, str(error))
-                    elif not isinstance(error, ServerFailureError | AbortedError):
-                        self._pool.suspend(leased, str(error))
-            if len(failures) > self._config.num_retries:
-                raise RolloutError(_describe(failures))
+            preferred, num_tokens = waiting[0].server or server, _count_tokens(samples)
+            try:
+                async with self._pool.lease(
+                    len(waiting), preferred=preferred, avoid=failures.avoid
+                ) as leased:
+                    begun = self._pool.clock()
+                    failure = await self._try(leased, waiting, num_topk)
+            except NoServerError as error:
+                raise failures.ending(str(error)) from error
+            if _count_tokens(samples) > num_tokens:
+                failures = Failures(self._config, self._pool)
+            if failure is not None:
+                failures.add(failure, leased.endpoint, begun)
+                self.num_retries += 1
+                await failures.pause()
+
+    async def _try(
+        self, server: PooledServer, samples: list[Sample], num_topk: int
+    ) -> RetryableError | WrongVersionError | None:
+        """One attempt; how it failed if another one may succeed."""
+        try:
+            await self._attempt(server, samples, num_topk)
+        except ServerLostError:
             self.num_retries += 1
+        except (RetryableError, WrongVersionError) as error:
+            if isinstance(error, WrongVersionError):
+                self._pool.fence(server, str(error))
+            elif isinstance(error, UnavailableError):
+                self._pool.suspend(server, str(error), at_least_s=error.retry_after_s)
+            elif isinstance(error, ServerTimeoutError):
+                self._pool.suspend(server, str(error))
+            return error
+        return None
 
     async def interrupt(self) -> None:
         """End all requests in flight with the tokens they have; they go on after the next `set_servers`."""
@@ -143,7 +156,5 @@ class Sampler:
                 )
 
 
-def _describe(failures: list[str]) -> str:
-    if len(failures) == 1:
-        return failures[0]
-    return f"{failures[-1]} (attempt {len(failures)}; before: {'; '.join(dict.fromkeys(failures[:-1]))})"
+def _count_tokens(samples: Sequence[Sample]) -> int:
+    return sum(sample.num_tokens for sample in samples)

@@ -104,7 +104,7 @@ def generates(endpoint: str, *, timeout_s: float, api_key: str | None = None) ->
         # No certificates for plain HTTP: loading them takes 20 ms.
         with httpx.Client(trust_env=False, verify=False, timeout=timeout_s, headers=headers) as http:
             return http.get(f"{endpoint}/health_generate").is_success
-    except httpx.TransportError:
+    except httpx.RequestError:
         return False
 
 

@@ -7,7 +7,7 @@ version as `extra_key`, which keeps the versions' prefixes apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,7 +15,11 @@ from typing import Any
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.answer import Answer, shorten
 from megatron_drpo.rollout.client import SGLangClient
+from megatron_drpo.rollout.http_errors import NotDoneError
+from megatron_drpo.rollout.retry import retry_while_unavailable
 
+_MAX_WAIT_S = 30.0
+"""For a server that is busy or not there at present; other servers wait for it meanwhile."""
 EMBEDDED = "embedded"
 """The `frontend` that this project's own server reports; SGLang's is `python`."""
 
@@ -52,8 +56,9 @@ class ServerInfo:
 
 
 class WeightClient(SGLangClient):
-    """Every step of an update is one request, never repeated; a failure is a RolloutError that names the
-    server, the endpoint and the server's reason."""
+    """Every step of an update is done once: a request is repeated only while the server answers that it has
+    not begun with it (425, 429, 503). A failure is a RolloutError that names the server, the endpoint and the
+    server's reason."""
 
     async def read_info(self) -> ServerInfo:
         """The server's start-up arguments."""
@@ -189,6 +194,12 @@ class WeightClient(SGLangClient):
 
     async def _update(self, path: str, body: Mapping[str, Any]) -> None:
         _check_success(await self._post(path, body), f"{self.endpoint}{path}")
+
+    async def _request(self, method: str, path: str, **kwargs: Any) -> Any:
+        def ask() -> Awaitable[Any]:
+            return super(WeightClient, self)._request(method, path, **kwargs)
+
+        return await retry_while_unavailable(ask, min(self._timeout_s, _MAX_WAIT_S), NotDoneError)
 
     async def _post(self, path: str, body: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if body is not None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from megatron_drpo.config import RolloutConfig
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
+from megatron_drpo.rollout.engine import RolloutEngine
 
 Serve = Callable[..., str]
+MakeEngine = Callable[..., RolloutEngine]
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +64,35 @@ def serve(tiny_moe: Path, serve_in_thread: Callable[..., AbstractContextManager[
             return stack.enter_context(serve_in_thread(server.serve, server.stop))
 
         yield serve
+
+
+@pytest.fixture
+def make_engine(tiny_moe: Path) -> Iterator[MakeEngine]:
+    """`make_engine(endpoints, seed=0, stop_token_ids=(1,), **config)`."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_moe)
+    with ExitStack() as stack:
+
+        def make(
+            endpoints: list[str],
+            *,
+            seed: int = 0,
+            stop_token_ids: tuple[int, ...] = (1,),
+            policy_version: int = 0,
+            keep_special_tokens: bool = False,
+            **fields: Any,
+        ) -> RolloutEngine:
+            base = RolloutConfig(num_samples_per_prompt=3, max_response_tokens=20, num_retries=0)
+            config = dataclasses.replace(base, **fields)
+            engine = RolloutEngine(
+                config,
+                tokenizer,
+                list(stop_token_ids),
+                64,
+                seed,
+                keep_special_tokens=keep_special_tokens,
+            )
+            stack.callback(engine.close)
+            engine.set_servers(endpoints, policy_version)
+            return engine
+
+        yield make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,13 +16,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.client import (
+from megatron_drpo.rollout.client import SampleRequest, ServerLoad, SGLangClient
+from megatron_drpo.rollout.http_errors import (
     RetryableError,
-    SampleRequest,
     ServerFailureError,
-    ServerLoad,
     ServerTimeoutError,
-    SGLangClient,
+    UnavailableError,
     UnreachableError,
 )
 
@@ -109,22 +109,60 @@ def test_most_probable_ids_are_asked_for_once_for_all_samples(server: FakeServer
     assert server.bodies[0]["sampling_params"] == [{"temperature": 0.5}]
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "reason"),
-    [
-        (PlainTextResponse("first line\nsecond line", 500), ServerFailureError, "HTTP 500: first line"),
-        (PlainTextResponse("", 503), ServerFailureError, r"HTTP 503: \(no reason given\)"),
-    ],
-)
-def test_5xx_may_be_tried_elsewhere(
-    server: FakeServer, answer: Response, kind: type[RetryableError], reason: str
-) -> None:
-    server.answers = [answer]
-    with pytest.raises(kind, match=f"^{server.endpoint}/generate: {reason}$"):
+@pytest.mark.parametrize("status", [500, 501, 505])
+def test_an_internal_error_may_be_the_requests_fault(server: FakeServer, status: int) -> None:
+    server.answers = [PlainTextResponse("first line\nsecond line", status)]
+    with pytest.raises(
+        ServerFailureError, match=f"^{server.endpoint}/generate: HTTP {status}: first line$"
+    ) as caught:
         call(server.endpoint, generate)
+    assert not isinstance(caught.value, UnavailableError)
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504])
+def test_answers_that_speak_of_the_servers_state(server: FakeServer, status: int) -> None:
+    server.answers = [PlainTextResponse("", status, headers={"Retry-After": "7"})]
+    with pytest.raises(
+        UnavailableError, match=rf"^{server.endpoint}/generate: HTTP {status}: \(no reason given\)$"
+    ) as caught:
+        call(server.endpoint, generate)
+    assert caught.value.retry_after_s == 7
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("text", ["<html>", "", "[" * 100_000, "9" * 5000])
+def test_an_answer_that_is_no_json_is_not_the_servers(server: FakeServer, text: str) -> None:
+    """But of something before it, which has no server at present."""
+    server.answers = [PlainTextResponse(text)]
+    with pytest.raises(UnavailableError, match="/generate: the answer is not JSON: '") as caught:
+        call(server.endpoint, generate)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("content", [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n[{", b"garbage", b""])
+def test_a_connection_that_is_cut(content: bytes) -> None:
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(content)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(UnreachableError, match="/generate: cannot be reached: "):
+            call(f"http://127.0.0.1:{listener.getsockname()[1]}", generate)
+        thread.join()
+
+
+def test_an_answer_that_cannot_be_unpacked(server: FakeServer) -> None:
+    server.answers = [Response(b"no gzip", headers={"Content-Encoding": "gzip"})]
+    with pytest.raises(UnavailableError, match="/generate: cannot be reached: "):
+        call(server.endpoint, generate)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 @pytest.mark.parametrize(
     "body",
     [
@@ -133,9 +171,9 @@ def test_5xx_may_be_tried_elsewhere(
         {"error": "input too long"},
     ],
 )
-def test_4xx_is_the_requests_own_fault(server: FakeServer, body: dict[str, Any]) -> None:
-    server.answers = [JSONResponse(body, 400)]
-    with pytest.raises(RolloutError, match=r"/generate: HTTP 400: input too long$") as caught:
+def test_other_4xx_are_the_requests_own_fault(server: FakeServer, body: dict[str, Any], status: int) -> None:
+    server.answers = [JSONResponse(body, status, headers={"Retry-After": "7"})]
+    with pytest.raises(RolloutError, match=rf"/generate: HTTP {status}: input too long$") as caught:
         call(server.endpoint, generate)
     assert not isinstance(caught.value, RetryableError)
 
@@ -149,11 +187,12 @@ def test_a_slow_answer_is_given_up_at_the_limit(server: FakeServer) -> None:
     assert time.monotonic() - start < 1.5
 
 
-@pytest.mark.parametrize("answer", [PlainTextResponse("<html>"), JSONResponse({}), JSONResponse([{}])])
+@pytest.mark.parametrize("answer", [JSONResponse({}), JSONResponse([{}])])
 def test_answers_of_another_kind(server: FakeServer, answer: Response) -> None:
     server.answers = [answer]
-    with pytest.raises(RolloutError, match=r"not JSON: '<html>'|expected a list of 2 responses"):
+    with pytest.raises(RolloutError, match=r"expected a list of 2 responses") as caught:
         call(server.endpoint, generate)
+    assert not isinstance(caught.value, RetryableError)
 
 
 def free_port() -> int:
@@ -165,7 +204,7 @@ def test_an_absent_server_is_named() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UnreachableError, match=rf"{endpoint}/generate: cannot be reached: .*connect"):
         call(endpoint, generate)
-    assert call(endpoint, lambda client: client.is_healthy()) is False
+    assert isinstance(call(endpoint, SGLangClient.health_problem), UnreachableError)
     assert call(endpoint, lambda client: client.generates(timeout_s=1.0)) is False
 
 

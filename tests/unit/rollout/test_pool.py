@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
@@ -151,3 +152,46 @@ def test_no_server_for_too_long_is_an_error_that_says_why() -> None:
             await take(pool)
 
     run(test, no_server_timeout_s=0.2)
+
+
+def test_the_time_of_a_hold_does_not_count() -> None:
+    """The trainer may need longer for its part than a server may be away."""
+
+    async def test(pool: ServerPool, _: set[str]) -> None:
+        pool.hold()
+        begun = pool.clock()
+        waiting = asyncio.ensure_future(take(pool))
+        await asyncio.sleep(0.6)
+        assert not waiting.done()
+        assert pool.clock() == begun
+        await pool.set_servers([A])
+        assert await waiting == A
+        assert begun <= pool.clock() < begun + 0.5
+
+    run(test, no_server_timeout_s=0.2)
+
+
+def test_a_server_that_asks_for_a_pause_gets_it() -> None:
+    async def test(pool: ServerPool, _: set[str]) -> None:
+        pool.suspend(pool.servers[0], "HTTP 429", at_least_s=0.8)
+        start = time.monotonic()
+        await asyncio.sleep(0.3)
+        assert cast(Any, pool.servers[0].client).num_probes == 0
+        await pool.set_servers([A])
+        assert await take(pool) == A
+        assert time.monotonic() - start >= 0.8
+
+    run(test)
+
+
+def test_a_fenced_server_does_not_come_back_by_an_earlier_suspension() -> None:
+    async def test(pool: ServerPool, _: set[str]) -> None:
+        server = pool.servers[0]
+        pool.suspend(server, "HTTP 503")
+        pool.fence(server, "old weights")
+        await asyncio.sleep(0.5)
+        assert server.suspended == "old weights"
+        assert pool.has_other(set())
+        assert not pool.has_other({B})
+
+    run(test)

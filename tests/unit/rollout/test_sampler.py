@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
 
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.client import SampleRequest, ServerFailureError, SGLangClient, UnreachableError
+from megatron_drpo.rollout.client import SampleRequest, SGLangClient
+from megatron_drpo.rollout.http_errors import (
+    NotDoneError,
+    ServerFailureError,
+    ServerTimeoutError,
+    UnavailableError,
+    UnreachableError,
+)
 from megatron_drpo.rollout.pool import ServerPool
 from megatron_drpo.rollout.sample import Sample
 from megatron_drpo.rollout.sampler import Sampler
@@ -46,11 +57,15 @@ class Client:
         self.abort_event = asyncio.Event()
         self.held: list[int] = [4, 4]
         """What a request that is aborted has by then."""
+        self.is_healthy = False
+        self.times: list[float] = []
+        """When requests came."""
 
     async def generate(
         self, requests: Sequence[SampleRequest], *, extra_key: str, **_: Any
     ) -> list[dict[str, Any]]:
         self.requests += requests
+        self.times.append(time.monotonic())
         self.keys.append(extra_key)
         step = self.script.pop(0) if self.script else None
         if isinstance(step, Exception):
@@ -69,7 +84,7 @@ class Client:
         self.abort_event.set()
 
     async def generates(self, *, timeout_s: float) -> bool:
-        return False
+        return self.is_healthy
 
     async def close(self) -> None:
         return
@@ -80,7 +95,7 @@ class Bench:
 
     def __init__(self, scripts: dict[str, list[Step | Exception]], **fields: Any) -> None:
         self.clients: dict[str, Client] = {}
-        config = RolloutConfig(no_server_timeout_s=1.0, **fields)
+        config = replace(RolloutConfig(no_server_timeout_s=1.0), **fields)
 
         def build(endpoint: str) -> SGLangClient:
             self.clients[endpoint] = Client(endpoint, scripts.get(endpoint, []))
@@ -116,7 +131,16 @@ def make_samples(count: int) -> list[Sample]:
     ]
 
 
-@pytest.mark.parametrize("error", [UnreachableError("reset"), ServerFailureError("HTTP 500")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnreachableError("reset"),
+        UnavailableError("HTTP 502"),
+        NotDoneError("HTTP 503"),
+        ServerTimeoutError("no answer"),
+        ServerFailureError("HTTP 500"),
+    ],
+)
 def test_a_failed_request_goes_elsewhere_under_another_id(error: Exception) -> None:
     async def test(bench: Bench) -> None:
         samples = make_samples(2)
@@ -128,15 +152,16 @@ def test_a_failed_request_goes_elsewhere_under_another_id(error: Exception) -> N
         assert [r.sampling_params for r in first] == [r.sampling_params for r in second]
         assert bench.clients[B].keys == ["7"]
         assert bench.sampler.num_retries == 1
-        # A 500 may be the request's own fault: only a lost connection says that the server is ill.
-        assert bool(bench.pool.servers[0].suspended) == isinstance(error, UnreachableError)
+        # A 500 may be the request's own fault: it does not say that the server is ill.
+        assert bool(bench.pool.servers[0].suspended) == (not isinstance(error, ServerFailureError))
 
     run(test, {A: [error]})
 
 
 def test_too_many_failures_name_the_servers() -> None:
     async def test(bench: Bench) -> None:
-        with pytest.raises(RolloutError, match=r"http 500 at b \(attempt 2; before: http 500 at a\)"):
+        told = r"http 500 at b \(tried 2 times in 0\.\d s; rollout\.num_retries=1; before: http 500 at a\)"
+        with pytest.raises(RolloutError, match=told):
             await bench.sampler.complete(make_samples(1))
 
     errors: dict[str, list[Step | Exception]] = {
@@ -246,3 +271,129 @@ def test_aborts_that_were_asked_for_do_not_count() -> None:
         assert bench.sampler.num_retries == 0
 
     run(test, {A: [lambda _: []] * 4}, num_retries=0)
+
+
+def unavailable(number: int = 1, retry_after_s: float = 0.0) -> list[Step | Exception]:
+    return [NotDoneError("http://a: HTTP 503: busy", retry_after_s=retry_after_s)] * number
+
+
+async def alone(bench: Bench) -> Client:
+    """A healthy server A, and no other."""
+    await bench.pool.set_servers([A])
+    bench.clients[A].is_healthy = True
+    return bench.clients[A]
+
+
+def test_a_server_that_is_not_available_for_a_while_ends_nothing() -> None:
+    """Three refusals, and no failure is allowed; the pauses double."""
+
+    async def test(bench: Bench) -> None:
+        client = await alone(bench)
+        (sample,) = make_samples(1)
+        await bench.sampler.complete([sample])
+        assert sample.completion().token_ids == [5]
+        assert bench.sampler.num_retries == 3
+        pauses = [later - earlier for earlier, later in pairwise(client.times)]
+        assert pauses[0] >= 0.1
+        assert pauses[1] >= 0.2
+        assert pauses[2] >= 0.4
+
+    run(test, {A: unavailable(3)}, num_retries=0, no_server_timeout_s=30.0)
+
+
+def test_it_is_given_up_in_the_end_and_the_error_says_how_often_it_was_tried() -> None:
+    async def test(bench: Bench) -> None:
+        client = await alone(bench)
+        start = time.monotonic()
+        told = r"^http://a: HTTP 503: busy \(tried (\d) times in (\d\.\d) s; rollout\.no_server_timeout_s=1\)"
+        with pytest.raises(RolloutError, match=told) as caught:
+            await bench.sampler.complete(make_samples(1))
+        assert 1.0 <= time.monotonic() - start < 10
+        match = re.match(told, str(caught.value))
+        assert match is not None
+        assert int(match[1]) == len(client.requests) <= 7
+        assert float(match[2]) >= 1.0
+
+    run(test, {A: unavailable(99)}, num_retries=0)
+
+
+def test_without_a_server_that_generates_the_reason_is_the_servers() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.pool.set_servers([A])
+        with pytest.raises(RolloutError) as caught:
+            await bench.sampler.complete(make_samples(1))
+        assert str(caught.value).startswith(
+            "http://a: HTTP 503: busy (tried once; no rollout server took req"
+        )
+        assert "rollout.no_server_timeout_s=1: http://a: 0 samples in flight, suspended:" in str(caught.value)
+
+    run(test, {A: unavailable(99)})
+
+
+def test_a_pause_that_a_server_asks_for_is_kept_by_all_requests() -> None:
+    """And through a weight update; another server is asked at once."""
+
+    async def test(bench: Bench) -> None:
+        client = await alone(bench)
+        first = asyncio.ensure_future(bench.sampler.complete(make_samples(1)))
+        await asyncio.sleep(0.1)
+        second = asyncio.ensure_future(bench.sampler.complete(make_samples(1)))
+        await bench.pool.set_servers([A])
+        await asyncio.gather(first, second)
+        refused, *later = client.times
+        assert len(later) == 2
+        assert min(later) - refused >= 0.8
+        client.script += unavailable(1, retry_after_s=60.0)
+        await bench.pool.set_servers([A, B])
+        start = time.monotonic()
+        await bench.sampler.complete(make_samples(1))
+        assert time.monotonic() - start < 5
+        assert len(bench.clients[B].requests) == 1
+
+    run(test, {A: unavailable(1, retry_after_s=0.8)}, no_server_timeout_s=30.0)
+
+
+def test_only_what_may_be_the_requests_fault_is_counted() -> None:
+    async def test(bench: Bench) -> None:
+        await alone(bench)
+        (sample,) = make_samples(1)
+        await bench.sampler.complete([sample])
+        assert sample.completion().token_ids == [5]
+
+    failure = ServerFailureError("HTTP 500")
+    run(test, {A: [*unavailable(1), failure, *unavailable(1)]}, num_retries=1, no_server_timeout_s=30.0)
+
+
+def test_a_prompt_that_always_fails_does_not_block_the_run() -> None:
+    async def test(bench: Bench) -> None:
+        client = await alone(bench)
+        told = r"HTTP 500 \(tried 3 times in \d\.\d s; rollout\.num_retries=2\)$"
+        with pytest.raises(RolloutError, match=told):
+            await bench.sampler.complete(make_samples(1))
+        assert len(client.requests) == 3
+        assert client.times[2] - client.times[0] >= 0.3, "with pauses"
+
+    run(test, {A: [ServerFailureError("HTTP 500")] * 99}, num_retries=2, no_server_timeout_s=30.0)
+
+
+def test_failures_are_counted_between_tokens() -> None:
+    """A long response may meet more of them than a single request."""
+
+    async def test(bench: Bench) -> None:
+        await alone(bench)
+        (sample,) = make_samples(1)
+        await bench.sampler.complete([sample])
+        assert sample.completion().token_ids == [4, 4, 5]
+
+    failure, part = ServerFailureError("HTTP 500"), [answer([4], kind="abort")]
+    run(test, {A: [failure, lambda _: part, failure, lambda _: part, failure]}, num_retries=1)
+
+
+def test_a_refusal_is_final() -> None:
+    async def test(bench: Bench) -> None:
+        with pytest.raises(RolloutError, match=r"^HTTP 413: too long$"):
+            await bench.sampler.complete(make_samples(1))
+        assert len(bench.clients[A].requests) == 1
+        assert bench.clients[B].requests == []
+
+    run(test, {A: [RolloutError("HTTP 413: too long")]}, num_retries=9)

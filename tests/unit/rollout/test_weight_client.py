@@ -108,13 +108,39 @@ def test_a_group_is_joined_and_left_by_name(server: Recorder) -> None:
     ]
 
 
-def test_steps_are_never_repeated_and_fail_as_weight_sync_errors(server: Recorder) -> None:
-    server.answers = [PlainTextResponse("out of memory", 500)]
-    with pytest.raises(WeightSyncError, match=r"/begin_weight_update: HTTP 500: out of memory"):
+@pytest.mark.parametrize("status", [400, 408, 500, 502, 504])
+def test_a_step_that_may_have_begun_is_not_repeated_and_fails_as_a_weight_sync_error(
+    server: Recorder, status: int
+) -> None:
+    server.answers = [PlainTextResponse("out of memory", status)]
+    with pytest.raises(WeightSyncError, match=rf"/begin_weight_update: HTTP {status}: out of memory"):
         server.call(lambda client: client.begin_weight_update())
     assert len(server.asked) == 1
     server.answers = [JSONResponse({"success": False, "message": "no"})]
     with pytest.raises(WeightSyncError, match=r"/end_weight_update: refused: .*no"):
+        server.call(lambda client: client.end_weight_update())
+
+
+@pytest.mark.parametrize("status", [425, 429, 503])
+def test_a_step_is_asked_for_again_while_the_server_has_not_begun_with_it(
+    server: Recorder, status: int
+) -> None:
+    """A pause of a second fences no server."""
+    busy = PlainTextResponse("busy", status)
+    server.answers = [busy, busy, JSONResponse(OK)]
+    server.call(lambda client: client.end_weight_update())
+    assert [path for path, _ in server.asked] == ["/end_weight_update"] * 3
+    server.answers = [busy, JSONResponse({"tp_size": 2})]
+    assert server.call(lambda client: client.read_info()).tp_size == 2
+    server.answers = [busy, JSONResponse({"weight_version": "4"})]
+    assert server.call(lambda client: client.weight_version()) == "4"
+
+
+def test_it_is_not_asked_for_ever(server: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_drpo.rollout.weight_client._MAX_WAIT_S", 0.5)
+    server.answers = [PlainTextResponse("busy", 503)]
+    told = r"/end_weight_update: HTTP 503: busy \(tried [23] times in 0\.\d s\)$"
+    with pytest.raises(WeightSyncError, match=told):
         server.call(lambda client: client.end_weight_update())
 
 
