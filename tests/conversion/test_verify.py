@@ -73,6 +73,25 @@ def test_a_flipped_bit_that_no_reader_looks_at(
     assert "SHA-256 differs" in output
 
 
+def test_files_of_a_checkpoint_that_no_conversion_made(
+    run: Run, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As a run's own: hashes of files, none of tensors."""
+    shutil.copytree(checkpoint("moe"), tmp_path / "copy")
+    folder = tmp_path / "copy" / "release"
+    (folder / "conversion.json").unlink()
+    listed = json.loads((folder / "integrity.json").read_text())
+    del listed["files"]["conversion.json"]
+    (folder / "integrity.json").write_text(json.dumps(listed))
+    status, output = run(tmp_path / "copy")
+    assert (status, "files, SHA-256" in output) == (0, True)
+    flip(folder / "__0_0.distcp", 300_000)
+    status, output = run(tmp_path / "copy")
+    assert status == 1
+    assert "1 problems" in output
+    assert "__0_0.distcp: SHA-256 differs" in output
+
+
 def test_another_folder(
     run: Run, checkpoint: Callable[[str], Path], hf_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
