@@ -65,16 +65,29 @@ class OnLongPrompt(StrEnum):
     drop = "drop"
 
 
+OWN_TEMPLATE_ARGUMENTS = {"conversation", "messages", "tools", "add_generation_prompt", "tokenize", "padding"}
+OWN_TEMPLATE_ARGUMENTS |= {"continue_final_message", "truncation", "max_length", "return_tensors"}
+OWN_TEMPLATE_ARGUMENTS |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+"""Of apply_chat_template, and not to be found in `chat_template_kwargs`."""
+
+
 @dataclass(kw_only=True)
 class DataConfig(Section):
     train_path: str = file_path("")
-    """JSONL; a line has `prompt` (text) or `messages` (chat), `answer`, `response` (sft), free metadata."""
+    """JSONL; a line has `prompt` (text) or `messages` (chat), `answer`, `response` (sft), `tools` and
+    `chat_template_kwargs` (with a chat template), free metadata."""
     eval_path: str | None = file_path(None)
     """Held-out JSONL of the same form."""
     on_bad_line: OnBadLine = OnBadLine.error
     """A line that is not valid: stop and name it, or skip and count it."""
     apply_chat_template: bool = False
     """Wrap a `prompt` as one user message. `messages` always go through the chat template."""
+    system_prompt: str | None = None
+    """Put before the messages of a line that do not begin with a system message."""
+    tools: list[Any] = field(default_factory=list)
+    """For the chat template: JSON schemas of functions, where a line has no `tools` of its own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """For the chat template, e.g. {enable_thinking: false}; a line's `chat_template_kwargs` come last."""
     max_prompt_tokens: int = number(1024, at_least=1, at_most=MAX_TOKENS)
     on_long_prompt: OnLongPrompt = OnLongPrompt.drop
     """A prompt over max_prompt_tokens: drop and count it, or stop and name it."""
@@ -84,6 +97,10 @@ class DataConfig(Section):
     def rules(self) -> Problems:
         if not self.train_path:
             yield "data.train_path is missing: give a JSONL file of prompts"
+        if not all(isinstance(tool, dict) for tool in self.tools):
+            yield "data.tools: must be a list of JSON schemas, each a mapping"
+        for name in sorted(OWN_TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()):
+            yield f"data.chat_template_kwargs.{name}: is no variable of a chat template, leave it out"
 
 
 # ------------------------------------------------------------------------------------------- rollout

@@ -74,7 +74,7 @@ class ExperienceSource(Protocol):
 
 
 class DemonstrationExperience:
-    """train.mode=sft: prompt + `response` + end-of-sequence."""
+    """train.mode=sft: prompt + `response` + end-of-sequence, unless the response writes it itself."""
 
     def __init__(
         self, share: PromptShare, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, *, vocab_size: int
@@ -100,7 +100,7 @@ class DemonstrationExperience:
         sequences = []
         for number, prompt in enumerate(self._share.next()):
             response = self._tokenizer.encode(prompt.response or "", add_special_tokens=False)
-            response_ids = [*response, self._eos]
+            response_ids = response if response[-1:] == [self._eos] else [*response, self._eos]
             self._check_ids(prompt, response_ids)
             statistics.count(len(prompt.token_ids), len(response_ids), reward=0.0, truncated=False)
             sequences.append(

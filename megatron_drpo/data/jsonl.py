@@ -1,7 +1,8 @@
 """Reading prompt files: one JSON object per line, and what is wrong with a line that is not one.
 
 Fields of a line: `prompt` (text) or `messages` (chat), `answer` (text or number), `response` (text, the
-demonstration of `train.mode=sft`); every other field is kept as metadata.
+demonstration of `train.mode=sft`), `tools` (list of JSON schemas) and `chat_template_kwargs` (object) for the
+chat template; every other field is kept as metadata.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_drpo.config import Mode
+from megatron_drpo.config import OWN_TEMPLATE_ARGUMENTS, Mode
 
 MAX_DEPTH = 100
 """Of lists and objects within each other: far below what the parser, pickle and templates bear."""
@@ -30,6 +31,9 @@ class PromptLine:
     messages: list[dict[str, Any]] | None
     answer: str | None
     response: str | None
+    tools: list[dict[str, Any]] | None
+    """None: the line says nothing."""
+    chat_template_kwargs: dict[str, Any]
     metadata: dict[str, Any]
 
 
@@ -90,6 +94,8 @@ def _parse_line(index: int, text: str, mode: Mode, needs_answer: bool) -> Prompt
         messages=messages,
         answer=_take_answer(fields),
         response=_take_text(fields, "response"),
+        tools=_take_tools(fields),
+        chat_template_kwargs=_take_template_kwargs(fields),
         metadata=fields,
     )
     if mode is Mode.sft and line.response is None:
@@ -187,9 +193,30 @@ def _take_messages(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
         raise _Problem(f"expected `messages` to be a list of chat messages, found {found}")
     for number, message in enumerate(messages):
         texts = (message.get("role"), message.get("content")) if isinstance(message, dict) else ()
+        if texts and texts[1] is None and message.get("tool_calls"):
+            texts = texts[:1]  # as OpenAI writes a call of a function
         if not texts or not all(isinstance(text, str) for text in texts):
             raise _Problem(f"expected messages[{number}] to have `role` and `content`, both text")
     return messages
+
+
+def _take_tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = fields.pop("tools", None)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        found = f"{_json_type(tools)} of other things" if isinstance(tools, list) else _json_type(tools)
+        raise _Problem(f"expected `tools` to be a list of JSON schemas, found {found}")
+    return tools
+
+
+def _take_template_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
+    kwargs = fields.pop("chat_template_kwargs", None)
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, dict):
+        raise _Problem(f"expected `chat_template_kwargs` to be an object, found {_json_type(kwargs)}")
+    for name in sorted(OWN_TEMPLATE_ARGUMENTS & kwargs.keys()):
+        raise _Problem(f"expected variables of a chat template in `chat_template_kwargs`, found {name}")
+    return kwargs
 
 
 def _json_type(value: object) -> str:

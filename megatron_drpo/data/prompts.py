@@ -59,8 +59,9 @@ def load_prompts(
     """Read, render and tokenise a prompt file.
 
     `messages`, and with `data.apply_chat_template` also `prompt`, go through the tokenizer's chat template,
-    which writes special tokens itself; other prompts are tokenised with the tokenizer's default special
-    tokens.
+    which writes special tokens itself, with the line's `tools` and `chat_template_kwargs` or those of the
+    configuration; other prompts are tokenised with the tokenizer's default special tokens, a beginning of
+    sequence that they write themselves counted.
 
     Args:
         needs_answer: whether a line without an `answer` is broken.
@@ -202,6 +203,10 @@ def _render(
     if isinstance(line, BadLine):
         return line
     if line.prompt is not None and not config.apply_chat_template:
+        unused = _template_input(line, config)
+        if unused is not None:
+            problem = f"expected `messages`, or data.apply_chat_template=true, for {unused}: found plain text"
+            return BadLine(index=line.index, problem=problem)
         return _Rendered(line, line.prompt, templated=False)
     if tokenizer.chat_template is None:
         reason = "`messages`" if line.prompt is None else "data.apply_chat_template=true"
@@ -209,13 +214,34 @@ def _render(
             f"{path} line {line.index + 1}: {reason} needs a chat template, and the tokenizer in "
             f"{tokenizer.name_or_path!r} has none; give `prompt` text with data.apply_chat_template=false"
         )
-    messages = line.messages or [{"role": "user", "content": line.prompt}]
+    messages: list[dict[str, Any]] = line.messages or [{"role": "user", "content": line.prompt}]
+    if config.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    tools: list[Any] | None = config.tools if line.tools is None else line.tools
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,  # templates ask whether there are any, in both ways
+            tokenize=False,
+            add_generation_prompt=True,
+            **{**config.chat_template_kwargs, **line.chat_template_kwargs},
+        )
     except Exception as error:  # noqa: BLE001  a template is a program, which may raise anything
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         return BadLine(index=line.index, problem=f"expected messages the chat template accepts: {reason}")
     return _Rendered(line, cast(str, text), templated=True)
+
+
+def _template_input(line: PromptLine, config: DataConfig) -> str | None:
+    """The name of something that only a chat template can make use of; None if there is nothing."""
+    given: dict[str, object] = {
+        "`tools`": line.tools,
+        "`chat_template_kwargs`": line.chat_template_kwargs,
+        "data.system_prompt": config.system_prompt,
+        "data.tools": config.tools,
+        "data.chat_template_kwargs": config.chat_template_kwargs,
+    }
+    return next((name for name, value in given.items() if value), None)
 
 
 def _tokenise(
@@ -231,7 +257,10 @@ def _tokenise(
         batch = [r for r in rendered if r.templated is templated]
         encoded = _encode([r.text for r in batch], tokenizer, add_special_tokens=not templated)
         for r, outcome in zip(batch, encoded, strict=True):
-            tokens[r.line.index] = _check_tokens("prompt", outcome, vocab_size)
+            checked = _check_tokens("prompt", outcome, vocab_size)
+            if not isinstance(checked, str):
+                checked = _without_second_bos(r.text, checked, tokenizer)
+            tokens[r.line.index] = checked
     if mode is Mode.sft:
         encoded = _encode([r.line.response or "" for r in rendered], tokenizer, add_special_tokens=False)
         for r, outcome in zip(rendered, encoded, strict=True):
@@ -239,6 +268,17 @@ def _tokenise(
             if isinstance(checked, str):
                 tokens[r.line.index] = checked
     return [r if isinstance(r, BadLine) else _to_prompt(r, tokens[r.line.index]) for r in results]
+
+
+def _without_second_bos(text: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without the beginning-of-sequence token that the tokenizer puts before the text's own."""
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if not bos or not text.startswith(bos):
+        return token_ids
+    num_written = 1
+    while text.startswith(bos, num_written * len(bos)):
+        num_written += 1
+    return token_ids[1:] if token_ids[: num_written + 1] == [bos_id] * (num_written + 1) else token_ids
 
 
 def _encode(

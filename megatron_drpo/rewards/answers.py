@@ -36,7 +36,7 @@ _SYMBOLS = {
     **dict.fromkeys("\xa0\u2009\u202f", " "),
 }
 _RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b"
-_SUPERSCRIPTS = dict(zip(_RAISED, "0123456789+-", strict=True))
+_SUPERSCRIPTS: dict[str, str] = dict(zip(_RAISED, "0123456789+-", strict=True))
 _SUPERSCRIPT = re.compile(f"[{_RAISED}]+")
 _TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)"
 _SPACE = r"(?:\s|\\[,;:! ]|~)"

@@ -208,6 +208,19 @@ def test_rule_between_keys(changes: dict[str, Any], problem: str) -> None:
     assert problems_with(**changes) == [problem]
 
 
+def test_what_the_chat_template_gets() -> None:
+    template = {"enable_thinking": False, "documents": ["a"]}
+    assert problems_with(data__tools=[{"type": "function"}], data__chat_template_kwargs=template) == []
+    assert problems_with(
+        data__tools=[{"type": "function"}, "add"],
+        data__chat_template_kwargs={"enable_thinking": False, "tokenize": True, "tools": []},
+    ) == [
+        "data.tools: must be a list of JSON schemas, each a mapping",
+        "data.chat_template_kwargs.tokenize: is no variable of a chat template, leave it out",
+        "data.chat_template_kwargs.tools: is no variable of a chat template, leave it out",
+    ]
+
+
 @pytest.mark.parametrize(
     ("token", "anchor"),
     [

@@ -394,6 +394,14 @@ def test_demonstrations_end_with_end_of_sequence() -> None:
     assert result.records == []
 
 
+def test_a_demonstration_that_writes_its_end_gets_no_second_one() -> None:
+    source = DemonstrationExperience(
+        make_share(1), cast(PreTrainedTokenizerBase, Tokenizer()), 51, vocab_size=100
+    )
+    (sequence,) = collect(source, 0, 0).sequences
+    assert sequence.token_ids.tolist() == [7, 50, 51]
+
+
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     tokenizer = cast(PreTrainedTokenizerBase, Tokenizer())
     source = DemonstrationExperience(make_share(2), tokenizer, 99, vocab_size=51)

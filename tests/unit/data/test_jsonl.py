@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,14 @@ def test_every_field_of_a_line(write_lines: WriteLines) -> None:
     chat = [{"role": "system", "content": ""}, {"role": "user", "content": "2+2?"}]
     path = write_lines(
         {"prompt": "1+1?", "answer": "2", "response": "It is 2.", "level": 3, "tags": ["sum"]},
-        {"messages": chat, "answer": 4, "prompt": None, "id": "b"},
+        {
+            "messages": chat,
+            "answer": 4,
+            "prompt": None,
+            "id": "b",
+            "tools": [{"type": "function"}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
     )
     first, second = read_lines(path, Mode.rl)
     assert first == PromptLine(
@@ -24,10 +32,19 @@ def test_every_field_of_a_line(write_lines: WriteLines) -> None:
         messages=None,
         answer="2",
         response="It is 2.",
+        tools=None,
+        chat_template_kwargs={},
         metadata={"level": 3, "tags": ["sum"]},
     )
     assert second == PromptLine(
-        index=1, prompt=None, messages=chat, answer="4", response=None, metadata={"id": "b"}
+        index=1,
+        prompt=None,
+        messages=chat,
+        answer="4",
+        response=None,
+        tools=[{"type": "function"}],
+        chat_template_kwargs={"enable_thinking": False},
+        metadata={"id": "b"},
     )
 
 
@@ -50,90 +67,108 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path) -> No
     assert [(line.index, line.prompt) for line in lines] == [(0, "a\nb"), (3, "é\u2028")]
 
 
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        (
-            '{"prompt": "a"',
-            "expected a JSON object, found invalid JSON: Expecting ',' delimiter at column 15",
-        ),
-        ('{"prompt": "a", "x": NaN}', "expected a JSON object, found NaN, which is not JSON"),
-        ("[" * 100_000, "expected a JSON object, found one nested too deeply"),
-        (
-            '{"prompt": "a", "x": ' + "[" * 101 + "]" * 101 + "}",
-            "expected a JSON object, found one nested too deeply",
-        ),
-        (
-            '{"prompt": "a", "answer": ' + "7" * 4301 + "}",
-            "expected a JSON object, found a number of 4301 digits",
-        ),
-        (
-            '{"prompt": "a", "x": [{"y": -' + "7" * 4301 + "}]}",
-            "expected a JSON object, found a number of 4302 digits",
-        ),
-        (
-            '{"prompt": "a", "answer": 1e400}',
-            "expected a JSON object, found the number 1e400, which no float can hold",
-        ),
-        (
-            '{"prompt": "a", "x": [-1E+400]}',
-            "expected a JSON object, found the number -1E+400, which no float can hold",
-        ),
-        (
-            '{"prompt": "a", "answer": 1e-400}',
-            "expected a JSON object, found the number 1e-400, which no float can hold",
-        ),
-        (
-            '{"prompt": "a", "answer": ' + "7" * 400 + ".5}",
-            f"expected a JSON object, found the number {'7' * 30}..., which no float can hold",
-        ),
-        ('{"prompt": "a", "answer": Infinity}', "expected a JSON object, found Infinity, which is not JSON"),
-        (
-            '{"prompt": "a", "answer": -Infinity}',
-            "expected a JSON object, found -Infinity, which is not JSON",
-        ),
-        (
-            r'{"prompt": "a \ud83d b"}',
-            r"expected `prompt` to be text, found \ud83d, one half of a surrogate pair",
-        ),
-        (
-            r'{"messages": [{"role": "user", "content": "\ude00\ud83d"}]}',
-            r"expected `messages` to be text, found \ude00, one half of a surrogate pair",
-        ),
-        (
-            r'{"prompt": "a", "answer": "\uDFFF"}',
-            r"expected `answer` to be text, found \udfff, one half of a surrogate pair",
-        ),
-        (
-            r'{"prompt": "a", "x": {"\ud83d": 1}}',
-            r"expected `x` to be text, found \ud83d, one half of a surrogate pair",
-        ),
-        (
-            r'{"prompt": "a", "y\ud83d": 1}',
-            r"expected `y\ud83d` to be text, found \ud83d, one half of a surrogate pair",
-        ),
-        (["prompt"], "expected a JSON object, found a list"),
-        ('"text"', "expected a JSON object, found text"),
-        ({"answer": "2"}, "expected either `prompt` (text) or `messages` (a chat), found neither"),
-        (
-            {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
-            "expected either `prompt` (text) or `messages` (a chat), found both",
-        ),
-        ({"prompt": 3}, "expected `prompt` to be text, found a number"),
-        ({"prompt": " \n"}, "expected `prompt` to be text, found an empty string"),
-        ({"prompt": "a", "answer": True}, "expected `answer` to be text or a number, found true or false"),
-        ({"prompt": "a", "answer": ["2"]}, "expected `answer` to be text or a number, found a list"),
-        ({"prompt": "a", "answer": ""}, "expected `answer` to be text or a number, found an empty string"),
-        ({"prompt": "a", "response": {}}, "expected `response` to be text, found an object"),
-        ({"messages": "hi"}, "expected `messages` to be a list of chat messages, found text"),
-        ({"messages": []}, "expected `messages` to be a list of chat messages, found an empty list"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "user"}]},
-            "expected messages[1] to have `role` and `content`, both text",
-        ),
-        ({"messages": ["hi"]}, "expected messages[0] to have `role` and `content`, both text"),
-    ],
-)
+BAD_LINES: list[tuple[Any, ...]] = [
+    (
+        '{"prompt": "a"',
+        "expected a JSON object, found invalid JSON: Expecting ',' delimiter at column 15",
+    ),
+    ('{"prompt": "a", "x": NaN}', "expected a JSON object, found NaN, which is not JSON"),
+    ("[" * 100_000, "expected a JSON object, found one nested too deeply"),
+    (
+        '{"prompt": "a", "x": ' + "[" * 101 + "]" * 101 + "}",
+        "expected a JSON object, found one nested too deeply",
+    ),
+    (
+        '{"prompt": "a", "answer": ' + "7" * 4301 + "}",
+        "expected a JSON object, found a number of 4301 digits",
+    ),
+    (
+        '{"prompt": "a", "x": [{"y": -' + "7" * 4301 + "}]}",
+        "expected a JSON object, found a number of 4302 digits",
+    ),
+    (
+        '{"prompt": "a", "answer": 1e400}',
+        "expected a JSON object, found the number 1e400, which no float can hold",
+    ),
+    (
+        '{"prompt": "a", "x": [-1E+400]}',
+        "expected a JSON object, found the number -1E+400, which no float can hold",
+    ),
+    (
+        '{"prompt": "a", "answer": 1e-400}',
+        "expected a JSON object, found the number 1e-400, which no float can hold",
+    ),
+    (
+        '{"prompt": "a", "answer": ' + "7" * 400 + ".5}",
+        f"expected a JSON object, found the number {'7' * 30}..., which no float can hold",
+    ),
+    ('{"prompt": "a", "answer": Infinity}', "expected a JSON object, found Infinity, which is not JSON"),
+    (
+        '{"prompt": "a", "answer": -Infinity}',
+        "expected a JSON object, found -Infinity, which is not JSON",
+    ),
+    (
+        r'{"prompt": "a \ud83d b"}',
+        r"expected `prompt` to be text, found \ud83d, one half of a surrogate pair",
+    ),
+    (
+        r'{"messages": [{"role": "user", "content": "\ude00\ud83d"}]}',
+        r"expected `messages` to be text, found \ude00, one half of a surrogate pair",
+    ),
+    (
+        r'{"prompt": "a", "answer": "\uDFFF"}',
+        r"expected `answer` to be text, found \udfff, one half of a surrogate pair",
+    ),
+    (
+        r'{"prompt": "a", "x": {"\ud83d": 1}}',
+        r"expected `x` to be text, found \ud83d, one half of a surrogate pair",
+    ),
+    (
+        r'{"prompt": "a", "y\ud83d": 1}',
+        r"expected `y\ud83d` to be text, found \ud83d, one half of a surrogate pair",
+    ),
+    (["prompt"], "expected a JSON object, found a list"),
+    ('"text"', "expected a JSON object, found text"),
+    ({"answer": "2"}, "expected either `prompt` (text) or `messages` (a chat), found neither"),
+    (
+        {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+        "expected either `prompt` (text) or `messages` (a chat), found both",
+    ),
+    ({"prompt": 3}, "expected `prompt` to be text, found a number"),
+    ({"prompt": " \n"}, "expected `prompt` to be text, found an empty string"),
+    ({"prompt": "a", "answer": True}, "expected `answer` to be text or a number, found true or false"),
+    ({"prompt": "a", "answer": ["2"]}, "expected `answer` to be text or a number, found a list"),
+    ({"prompt": "a", "answer": ""}, "expected `answer` to be text or a number, found an empty string"),
+    ({"prompt": "a", "response": {}}, "expected `response` to be text, found an object"),
+    ({"messages": "hi"}, "expected `messages` to be a list of chat messages, found text"),
+    ({"messages": []}, "expected `messages` to be a list of chat messages, found an empty list"),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user"}]},
+        "expected messages[1] to have `role` and `content`, both text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": None}]},
+        "expected messages[0] to have `role` and `content`, both text",
+    ),
+    ({"prompt": "a", "tools": "f"}, "expected `tools` to be a list of JSON schemas, found text"),
+    (
+        {"prompt": "a", "tools": ["f"]},
+        "expected `tools` to be a list of JSON schemas, found a list of other things",
+    ),
+    (
+        {"prompt": "a", "chat_template_kwargs": ["f"]},
+        "expected `chat_template_kwargs` to be an object, found a list",
+    ),
+    (
+        {"prompt": "a", "chat_template_kwargs": {"tokenize": True}},
+        "expected variables of a chat template in `chat_template_kwargs`, found tokenize",
+    ),
+    ({"messages": ["hi"]}, "expected messages[0] to have `role` and `content`, both text"),
+]
+"""A line, and what is wrong with it."""
+
+
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES)
 def test_what_is_wrong_with_a_line(write_lines: WriteLines, line: object, problem: str) -> None:
     good = {"prompt": "a"}
     assert list(read_lines(write_lines(good, line, good), Mode.rl))[1] == BadLine(index=1, problem=problem)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_drpo.config import DataConfig, Mode, OnBadLine, OnLongPrompt
@@ -45,6 +48,128 @@ def test_apply_chat_template_wraps_a_prompt(
     config = DataConfig(apply_chat_template=True)
     (prompt,) = load_prompts(write_lines({"prompt": "hello"}), config, tokenizer, Mode.rl).prompts
     assert prompt.text == "<bos><user>hello\n<assistant>"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+OTHER_TOOL = {"type": "function", "function": {"name": "subtract"}}
+USER = {"role": "user", "content": "1+1="}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "add"}}],
+}
+
+
+TEMPLATE_INPUTS: list[tuple[Any, ...]] = [
+    ({"messages": [USER]}, {}, [USER], {}),
+    ({"messages": [USER], "tools": [TOOL]}, {}, [USER], {"tools": [TOOL]}),
+    ({"messages": [USER]}, {"tools": [TOOL]}, [USER], {"tools": [TOOL]}),
+    ({"messages": [USER], "tools": [OTHER_TOOL]}, {"tools": [TOOL]}, [USER], {"tools": [OTHER_TOOL]}),
+    ({"messages": [USER], "tools": []}, {"tools": [TOOL]}, [USER], {}),
+    ({"messages": [USER], "tools": None}, {"tools": [TOOL]}, [USER], {"tools": [TOOL]}),
+    ({"messages": [USER, CALL], "tools": [TOOL]}, {}, [USER, CALL], {"tools": [TOOL]}),
+    (
+        {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
+        {},
+        [USER],
+        {"enable_thinking": False},
+    ),
+    (
+        {"messages": [USER]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        [USER],
+        {"enable_thinking": False},
+    ),
+    (
+        {"messages": [USER], "chat_template_kwargs": {"enable_thinking": True}},
+        {"chat_template_kwargs": {"enable_thinking": False, "bos_token": "!"}},
+        [USER],
+        {"enable_thinking": True, "bos_token": "!"},
+    ),
+    (
+        {"messages": [USER]},
+        {"system_prompt": "Be brief."},
+        [{"role": "system", "content": "Be brief."}, USER],
+        {},
+    ),
+    (
+        {"messages": [{"role": "system", "content": "Be long."}, USER]},
+        {"system_prompt": "Be brief."},
+        [{"role": "system", "content": "Be long."}, USER],
+        {},
+    ),
+    (
+        {"prompt": "1+1=", "tools": [TOOL]},
+        {
+            "system_prompt": "Be brief.",
+            "apply_chat_template": True,
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        [{"role": "system", "content": "Be brief."}, USER],
+        {"tools": [TOOL], "enable_thinking": False},
+    ),
+]
+"""A line, settings of data, and what goes to the template."""
+
+
+@pytest.mark.parametrize(("line", "config", "messages", "kwargs"), TEMPLATE_INPUTS)
+def test_the_template_gets_what_line_and_configuration_say(
+    write_lines: WriteLines,
+    tokenizer: PreTrainedTokenizerFast,
+    line: dict[str, Any],
+    config: dict[str, Any],
+    messages: list[dict[str, str]],
+    kwargs: dict[str, Any],
+) -> None:
+    (prompt,) = load_prompts(write_lines(line), DataConfig(**config), tokenizer, Mode.rl).prompts
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, **kwargs
+    )
+    assert list(prompt.token_ids) == expected
+    assert list(tokenizer(prompt.text, add_special_tokens=False)["input_ids"]) == expected
+    assert prompt.metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "config", "name"),
+    [
+        ({"prompt": "a", "tools": [TOOL]}, {}, "`tools`"),
+        ({"prompt": "a", "chat_template_kwargs": {"x": 1}}, {}, "`chat_template_kwargs`"),
+        ({"prompt": "a"}, {"system_prompt": "Be brief."}, "data.system_prompt"),
+        ({"prompt": "a"}, {"tools": [TOOL]}, "data.tools"),
+        ({"prompt": "a"}, {"chat_template_kwargs": {"x": 1}}, "data.chat_template_kwargs"),
+    ],
+)
+def test_plain_text_has_no_template_to_take_them(
+    write_lines: WriteLines,
+    tokenizer: PreTrainedTokenizerFast,
+    line: dict[str, Any],
+    config: dict[str, Any],
+    name: str,
+) -> None:
+    (problem,) = check_prompt_file(write_lines(line), DataConfig(**config), tokenizer, Mode.rl)
+    assert problem.endswith(
+        f"line 1: expected `messages`, or data.apply_chat_template=true, for {name}: found plain text"
+    )
+
+
+@pytest.mark.parametrize("num_written", [0, 1, 2])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_plain_text_that_begins_with_bos_gets_no_second_one(
+    write_lines: WriteLines,
+    tokenizer: PreTrainedTokenizerFast,
+    num_written: int,
+    adds_bos: bool,
+) -> None:
+    if not adds_bos:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    path = write_lines({"prompt": "<bos>" * num_written + "a <bos>"}, {"prompt": "a"})
+    prompt, other = load_prompts(path, DataConfig(), tokenizer, Mode.rl).prompts
+    content = tokenizer.encode("a <bos>", add_special_tokens=False)
+    assert content.count(0) == 1
+    assert list(prompt.token_ids) == [0] * max(num_written, adds_bos) + content
+    assert other.token_ids[:-1] == (0,) * adds_bos
 
 
 @pytest.mark.parametrize(
