@@ -150,6 +150,21 @@ def test_check_warns_on_stderr(capsys: pytest.CaptureFixture[str], arguments: li
     assert warnings[1].startswith("warning: rollout.top_p=0.9: ")
 
 
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    "broken", ["data.train_path=gone.jsonl", "train.num_steps=0", "sede=1", "optimizer.min_lr=1"]
+)
+def test_warnings_come_with_problems(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str, broken: str
+) -> None:
+    """Whether it is a file that is wrong, a number, a name, or two keys together."""
+    assert cli.main([command, *arguments, "algorithm.loss.delta=2", broken]) == 1
+    problem, warning = capsys.readouterr().err.splitlines()
+    assert problem.startswith("ConfigError: ")
+    assert broken.partition("=")[2] in problem
+    assert warning.startswith("warning: algorithm.loss.delta=2.0: ")
+
+
 def test_check_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert cli.main(["check", *arguments, "algorithm.loss.name=none"]) == 1
     output = capsys.readouterr()

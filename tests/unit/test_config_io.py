@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_drpo.config import Advantage, Config
-from megatron_drpo.config_io import OTHER_NAMES, _declared, load_config, read_config, to_yaml
+from megatron_drpo.config_io import OTHER_NAMES, declared_types, load_config, read_config, to_yaml
 from megatron_drpo.errors import ConfigError
 
 NEEDED = ["data.train_path=train.jsonl", "policy.model_path=model"]
@@ -218,10 +218,12 @@ def test_argument_that_is_no_yaml() -> None:
         ("base: run.yaml\n", "its `base:` leads back to itself"),
         ("base: gone.yaml\n", "gone.yaml: no such file"),
         ("base: .\n", "cannot be read: Is a directory"),
-        ("base: [a]\n", "['a']: no such file"),
+        ("base: [a]\n", ": base=['a']: expected the path of a YAML file"),
+        ("base: 0x" + "f" * 5000, ": base=(a number of over 4300 digits): expected the path of a YAML file"),
+        ('base: "a\\0b"', "cannot be read: embedded null byte"),
         ("5\n", "not valid YAML"),
         ("seed: " + "1" * 5000, "not valid YAML"),
-        ("[" * 5000, "not valid YAML"),
+        ("[" * 300, "not valid YAML"),
         ("seed: &a [*a]\n", "not valid YAML"),
         ("seed: \x00\n", "not valid YAML"),
         ("? [1, 2]\n: 3\n", "not valid YAML"),
@@ -256,7 +258,7 @@ def test_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 def test_missing_file() -> None:
     assert problems_of("config=gone.yaml") == ("config=gone.yaml: no such file",)
-    assert problems_of("config=") == ("config=: cannot be read: Is a directory",)
+    assert problems_of("config=") == ("config=None: expected the path of a YAML file",)
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_key_that_is_meant(key: str, meant: str) -> None:
 
 
 def test_other_names_lead_to_keys_and_are_none() -> None:
-    keys = _declared()
+    keys = declared_types()
     assert {name for name in OTHER_NAMES.values() if name not in keys} == set()
     assert OTHER_NAMES.keys() & {key.rpartition(".")[2] for key in keys} == set()
 
