@@ -11,6 +11,7 @@ from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.fleet_state import read_fleet
 from megatron_drpo.rollout.weight_client import MemoryTag
 from megatron_drpo.weight_sync.memory import ServerMemory
+from megatron_drpo.weight_sync.path import Absence
 from megatron_drpo.weight_sync.push import NamedTensors, WeightPusher
 
 _FIRST_PAUSE_S = 1.0
@@ -93,6 +94,10 @@ class FleetControl:
         """What a person should hear; whoever shows it clears the list."""
         self._retry_at: dict[str, float] = {}
         self._num_failures: dict[str, int] = {}
+        """In a row, by endpoint."""
+        self._num_refusals: dict[str, int] = {}
+        """Those of them that were no absence: for a server that is away, whoever samples waits
+        rollout.no_server_timeout_s."""
 
     def push(self, tensors: NamedTensors, policy_version: int) -> None:
         """Give every server that is there these weights, as a new version; see `current`.
@@ -152,10 +157,11 @@ class FleetControl:
         self.current += report.updated
         for endpoint in report.updated:
             self._num_failures.pop(endpoint, None)
+            self._num_refusals.pop(endpoint, None)
             self._retry_at.pop(endpoint, None)
         self.messages += report.notes
         self._fence(report.failed, f"is fenced until it has weights {policy_version}")
-        worst = max(self._num_failures.values(), default=0)
+        worst = max(self._num_refusals.values(), default=0)
         if not self.current and worst >= self._config.fleet.max_failures:
             reasons = "\n".join(f"{endpoint}: {reason}" for endpoint, reason in report.failed.items())
             raise WeightSyncError(f"no rollout server could be given weights {policy_version}:\n{reasons}")
@@ -165,6 +171,8 @@ class FleetControl:
         for endpoint, reason in failures.items():
             self.messages.append(f"{endpoint} {what}: {reason}")
             self.num_fenced += 1
+            if not isinstance(reason, Absence):
+                self._num_refusals[endpoint] = self._num_refusals.get(endpoint, 0) + 1
             count = self._num_failures[endpoint] = self._num_failures.get(endpoint, 0) + 1
             self._retry_at[endpoint] = self._clock() + min(_FIRST_PAUSE_S * 2 ** (count - 1), _MAX_PAUSE_S)
         self.current = [endpoint for endpoint in self.current if endpoint not in failures]

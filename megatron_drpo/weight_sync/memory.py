@@ -10,7 +10,7 @@ from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.fleet_state import ServerStatus, read_fleet, yield_file
 from megatron_drpo.rollout.weight_client import MemoryTag, WeightClient
-from megatron_drpo.weight_sync.path import Failures
+from megatron_drpo.weight_sync.path import Failures, reason_of
 
 _POLL_S = 0.2
 
@@ -91,7 +91,7 @@ class ServerMemory:
                 try:
                     await step(client)
                 except RolloutError as error:
-                    return str(error)
+                    return reason_of(error)
             return None
 
         async def ask_all() -> Failures:

@@ -8,11 +8,24 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.http_errors import UnavailableError
 from megatron_drpo.rollout.weight_client import ServerInfo, WeightClient
 from megatron_drpo.weight_sync.bucket import Bucket
 
 Failures = dict[str, str]
-"""Endpoint -> what went wrong there."""
+"""Endpoint -> what went wrong there; see `reason_of`."""
+
+
+class Absence(str):
+    """A reason that speaks of a server that is not available at present, not of the update."""
+
+    __slots__ = ()
+
+
+def reason_of(error: RolloutError) -> str:
+    """What went wrong; an Absence if the server was not available."""
+    is_absence = any(isinstance(e, UnavailableError) for e in (error, error.__cause__))
+    return Absence(error) if is_absence else str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +75,7 @@ async def attempt(servers: Sequence[Server], step: Callable[[Server], Awaitable[
         try:
             await step(server)
         except RolloutError as error:
-            return str(error)
+            return reason_of(error)
         return None
 
     outcomes = await asyncio.gather(*(run(server) for server in servers))

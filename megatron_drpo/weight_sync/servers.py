@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.weight_client import WeightClient
-from megatron_drpo.weight_sync.path import Failures, Server
+from megatron_drpo.weight_sync.path import Failures, Server, reason_of
 
 
 class Servers:
@@ -27,7 +27,7 @@ class Servers:
             try:
                 self._known[endpoint] = Server(client, await client.read_info())
             except RolloutError as error:
-                failures[endpoint] = str(error)
+                failures[endpoint] = reason_of(error)
                 await client.close()
 
         await asyncio.gather(*(ask(endpoint) for endpoint in endpoints if endpoint not in self._known))

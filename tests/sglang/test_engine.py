@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megatron_drpo.config import RolloutConfig, WeightSyncConfig
+from megatron_drpo.config import OnBadRoutes, RolloutConfig, WeightSyncConfig
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.rollout.completion import Completion
+from megatron_drpo.rollout.completion import Completion, RouteShape
 from megatron_drpo.rollout.conversation import Conversation
 from megatron_drpo.rollout.embedded.weights import hf_views
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
 from megatron_drpo.rollout.sample import Sample
+from megatron_drpo.routes import RouteCheck
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 from megatron_drpo.weight_sync.push import WeightPusher
 
@@ -202,6 +203,7 @@ def test_a_response_that_is_paused_in_place_has_spans_of_versions(
 STOPS = frozenset(range(1, 101, 4))
 INSERTED = 6
 NUM_COMPLETE_ABORTS = 20
+ROUTES = RouteShape(moe_layers=(0, 1, 2, 3), num_layers=4, num_experts=8, num_experts_per_token=2)
 
 
 async def two_turns(conversation: Conversation) -> None:
@@ -245,6 +247,7 @@ def test_no_turn_goes_on_after_its_end_however_often_it_is_interrupted(
         stop_token_ids=sorted(STOPS),
         vocab_size=101,
         seed=0,
+        route_shape=ROUTES,
     )
     engine.set_servers([moe_server], 1)
     rollouts: list[Rollout] = []
@@ -260,7 +263,9 @@ def test_no_turn_goes_on_after_its_end_however_often_it_is_interrupted(
     engine.close()
     print(f"{num_stopped} aborts with a stop id, {num_full} at the limit, {len(rollouts)} responses")
     assert num_stopped >= NUM_COMPLETE_ABORTS
-    for rollout in rollouts:
+    check = RouteCheck(num_experts=ROUTES.num_experts, on_bad=OnBadRoutes.error)
+    for number, rollout in enumerate(rollouts):
+        assert check.check(number, rollout) is not None
         for turn in turns(rollout):
             assert STOPS.isdisjoint(turn[:-1])
         if turn and function is None:

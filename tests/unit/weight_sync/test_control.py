@@ -15,6 +15,7 @@ from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus, yield_file
 from megatron_drpo.weight_sync.control import FleetControl
 from megatron_drpo.weight_sync.memory import ServerMemory
+from megatron_drpo.weight_sync.path import Absence
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher
 
 
@@ -23,11 +24,12 @@ class Pusher:
 
     def __init__(self) -> None:
         self.broken: set[str] = set()
+        self.reason = "reset"
         self.pushes: list[tuple[int, list[str]]] = []
 
     def push(self, tensors: Any, policy_version: int, endpoints: Sequence[str]) -> PushReport:
         self.pushes.append((policy_version, list(endpoints)))
-        failed = {endpoint: "reset" for endpoint in endpoints if endpoint in self.broken}
+        failed = {endpoint: self.reason for endpoint in endpoints if endpoint in self.broken}
         return PushReport([e for e in endpoints if e not in failed], failed)
 
 
@@ -70,6 +72,25 @@ def test_a_failed_server_is_fenced_and_gets_another_chance() -> None:
     control.repair([], 2)
     assert control.current == ["http://a", "http://b"]
     assert control.num_fenced == 2
+
+
+def test_a_server_that_is_away_is_waited_for() -> None:
+    """Whoever samples says when it has been too long; a refusal counts, wherever it comes between."""
+    pusher, clock = Pusher(), Clock()
+    pusher.broken = {"http://a"}
+    pusher.reason = Absence("http://a/server_info: cannot be reached")
+    control = make_control(pusher, clock=clock, endpoints=["http://a"], fleet=FleetConfig(max_failures=2))
+    control.push([], 0)
+    for _ in range(8):
+        clock.now_s += 100
+        control.repair([], 0)
+    pusher.reason = "another shape"
+    clock.now_s += 100
+    control.repair([], 0)
+    assert control.num_fenced == 10
+    clock.now_s += 100
+    with pytest.raises(WeightSyncError, match="another shape"):
+        control.repair([], 0)
 
 
 def test_no_server_at_all_is_an_error_after_some_tries() -> None:
