@@ -91,7 +91,7 @@ def _reason(response: httpx.Response) -> str:
     except (ValueError, RecursionError):
         message = response.text
     else:
-        error = body.get("error", body) if isinstance(body, dict) else body
+        error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
         message = error.get("message", error) if isinstance(error, dict) else error
     lines = str(message or "").strip().splitlines() or ["(no reason given)"]
     return lines[0][:500]

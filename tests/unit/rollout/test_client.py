@@ -169,6 +169,7 @@ def test_an_answer_that_cannot_be_unpacked(server: FakeServer) -> None:
         {"error": {"message": "input too long\ntraceback"}},
         {"message": "input too long"},
         {"error": "input too long"},
+        {"detail": "input too long"},
     ],
 )
 def test_other_4xx_are_the_requests_own_fault(server: FakeServer, body: dict[str, Any], status: int) -> None:
