@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -200,7 +201,9 @@ def _build_leader(
     log = Path(config.run_dir) / "logs" / f"reward_rank_{parallel.rank}.log"
     rewards = stack.enter_context(RewardPool(config.reward, log)) if is_rl else None
     vocab_size = policy.architecture.vocab_size
-    skips = config.data.on_bad_line is OnBadLine.skip  # without it, one such answer has ended the run
+    find_answer_problems = None
+    if rewards is not None and config.data.on_bad_line is OnBadLine.skip:  # else one has ended the run
+        find_answer_problems = partial(rewards.find_answer_problems, tolerates_timeouts=True)
 
     def load(path: str) -> PromptFile:
         loaded = load_prompts(
@@ -210,7 +213,7 @@ def _build_leader(
             config.train.mode,
             needs_answer=is_rl and needs_answer(config.reward),
             vocab_size=vocab_size,
-            find_answer_problems=rewards.find_answer_problems if rewards is not None and skips else None,
+            find_answer_problems=find_answer_problems,
         )
         if parallel.is_main and loaded.left_out is not None:
             Console().print(f"[yellow]warning[/] {path}: {escape(loaded.left_out)}")

@@ -90,40 +90,51 @@ class RewardPool:
             for future in futures:
                 future.cancel()  # after an error; done ones stay as they are
 
-    def find_answer_problems(self, answers: Iterable[str]) -> dict[str, str]:
+    def find_answer_problems(
+        self, answers: Iterable[str], *, tolerates_timeouts: bool = False
+    ) -> dict[str, str]:
         """Ground truths that no response could match, and why; only `math_verify` has such.
 
         Plain numbers are known to be good. A parse of anything else takes 20 ms, so of ground truths that
         differ in their numbers alone one is parsed, and the others only if it is not good.
 
+        Args:
+            tolerates_timeouts: say nothing of those that took too long or a worker's life: which do depends
+                on the machine's load, and all replicas, and a run that is resumed, must find the same.
+
         Raises:
             RewardError: no worker can run.
         """
         shapes = group_by_shape(self._config, answers)
-        problems = self._parse_answers([alike[0] for alike in shapes])
+        problems = self._parse_answers([alike[0] for alike in shapes], tolerates_timeouts)
         others = [answer for alike in shapes if alike[0] in problems for answer in alike[1:]]
-        return problems | self._parse_answers(others)
+        return problems | self._parse_answers(others, tolerates_timeouts)
 
-    def _parse_answers(self, answers: Iterable[str]) -> dict[str, str]:
+    def _parse_answers(self, answers: Iterable[str], tolerates_timeouts: bool) -> dict[str, str]:
         futures: dict[str, ProcessFuture[str | Failure | None]] = {
             answer: self._pool.schedule(worker.find_answer_problem, (answer,), timeout=self._config.timeout_s)
             for answer in answers
         }
-        outcomes = {answer: self._answer_problem(future) for answer, future in futures.items()}
+        outcomes = {
+            answer: self._answer_problem(future, tolerates_timeouts) for answer, future in futures.items()
+        }
         return {answer: problem for answer, problem in outcomes.items() if problem is not None}
 
-    def _answer_problem(self, future: ProcessFuture[str | Failure | None]) -> str | None:
+    def _answer_problem(
+        self, future: ProcessFuture[str | Failure | None], tolerates_timeouts: bool
+    ) -> str | None:
+        expected = "expected an `answer` that math-verify can parse"
         try:
             outcome = future.result()
         except TimeoutError:
-            limit = self._config.timeout_s
-            return f"expected an `answer` that math-verify can parse within reward.timeout_s={limit}"
+            limit = f"{expected} within reward.timeout_s={self._config.timeout_s}"
+            return None if tolerates_timeouts else limit
         except ProcessExpired as error:
-            return f"expected an `answer` that math-verify can parse: it died with exit code {error.exitcode}"
+            return None if tolerates_timeouts else f"{expected}: it died with exit code {error.exitcode}"
         except BrokenProcessPool:
             raise self._broken() from None
         if isinstance(outcome, Failure):
-            return f"expected an `answer` that math-verify can parse: {outcome.reason}"
+            return f"{expected}: {outcome.reason}"
         return outcome
 
     def _start_workers(self) -> ProcessPool:

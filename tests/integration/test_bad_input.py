@@ -206,6 +206,37 @@ def test_broken_prompt_lines(
     assert "on_bad_line: skip" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.timeout(200)
+def test_a_run_leaves_broken_lines_out_and_says_so(
+    train: Callable[[list[str]], None],
+    run_arguments: RunArguments,
+    tmp_path: Path,
+    prompts_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Noticed by the parser, the tokenizer's rules, and math-verify."""
+    path = tmp_path / "broken.jsonl"
+    bad = [
+        r'{"prompt": "1+\ud83d=", "answer": "2"}',
+        '{"prompt": "1+1=", "answer": 1e400}',
+        r'{"prompt": "1+1=", "answer": "2 \\frac{"}',
+        '{"prompt": "1+1=", "answer": "2", "tools": [{"type": "function"}]}',
+    ]
+    path.write_text("\n".join([*prompts_path.read_text().splitlines()[:8], *bad]) + "\n")
+    train(
+        run_arguments(
+            f"data.train_path={path}",
+            "data.on_bad_line=skip",
+            "reward.name=math_verify",
+            "train.num_steps=1",
+        )
+    )
+    said = " ".join(capfd.readouterr().out.split())
+    assert "4 broken lines are skipped, the first is line 9: expected `prompt` to be text" in said
+
+
 def test_a_file_without_any_good_line(
     refuse: Callable[[list[str]], str], run_arguments: RunArguments, tmp_path: Path
 ) -> None:

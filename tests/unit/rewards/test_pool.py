@@ -119,7 +119,10 @@ def test_ground_truths_that_nothing_matches(monkeypatch: pytest.MonkeyPatch) -> 
     }
     limit = "expected an `answer` that math-verify can parse within reward.timeout_s=0.001"
     slow = "\\int_0^1 \\sqrt{x^2 + \\sin x} dx"
-    assert find_answer_problems(RewardConfig(timeout_s=0.001), [slow]) == {slow: limit}
+    impatient = RewardConfig(timeout_s=0.001)
+    assert find_answer_problems(impatient, [slow]) == {slow: limit}
+    with RewardPool(impatient) as pool:  # as a run, which must find the same at any load
+        assert pool.find_answer_problems([slow], tolerates_timeouts=True) == {}
     monkeypatch.delattr(pool_module, "RewardPool")
     assert find_answer_problems(config, ["$18", "50%", "1.5e-5", "3/4"] * 1000) == {}
     assert find_answer_problems(RewardConfig(name="exact_match"), answers) == {}
