@@ -89,7 +89,7 @@ def main() -> int:
         with ends_in_order_on_sigterm(lambda: f"its logs are in {arguments.folder}"):
             bench.measure()
     except DrpoError as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False)
+        console.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
         return 1
     except (KeyboardInterrupt, Terminated) as end:
         return tell_end(end)

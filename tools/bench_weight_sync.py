@@ -254,7 +254,7 @@ def main() -> int:
         with ends_in_order_on_sigterm(lambda: "nothing is kept"):
             run(arguments)
     except DrpoError as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False)
+        console.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
         return 1
     except (KeyboardInterrupt, Terminated) as end:
         return tell_end(end)
