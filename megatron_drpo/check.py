@@ -27,6 +27,7 @@ from megatron_drpo.data.prompts import check_prompt_file
 from megatron_drpo.data.tokenizer import load_tokenizer
 from megatron_drpo.errors import CheckpointError, ConfigError, ModelError
 from megatron_drpo.hf_io import TOKENIZER_FILES, HfFolder
+from megatron_drpo.limits import shown
 from megatron_drpo.losses.objective import build_objective
 from megatron_drpo.losses.registry import build_loss, check_loss
 from megatron_drpo.models.base import ArchitectureConfig
@@ -93,8 +94,8 @@ def warn_config(config: Config) -> list[str]:
         if not any(config.algorithm.problems()) and not check_loss(config.algorithm.loss):
             warnings += build_objective(config.algorithm).warnings()
         rollout = config.rollout
-        truncations = [f"rollout.top_p={rollout.top_p}"] if rollout.top_p < 1 else []
-        truncations += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k is not None else []
+        truncations = [f"rollout.top_p={shown(rollout.top_p)}"] if rollout.top_p < 1 else []
+        truncations += [f"rollout.top_k={shown(rollout.top_k)}"] if rollout.top_k is not None else []
         if truncations:
             warnings.append(
                 f"{', '.join(truncations)}: tokens are drawn from a truncated distribution, but "

@@ -92,6 +92,9 @@ def test_warnings_of_what_is_not_broken(config: Config, loss: LossConfig) -> Non
     config.rollout = RolloutConfig(top_k=8)
     (warning,) = warn_config(config)
     assert warning.startswith("rollout.top_k=8: ")
+    config.rollout = RolloutConfig(top_k=10**5000)
+    (warning,) = warn_config(config)
+    assert warning.startswith("rollout.top_k=(a number of over 4300 digits): ")
 
 
 def test_sft_needs_responses_and_neither_loss_nor_reward(config: Config, tmp_path: Path) -> None:

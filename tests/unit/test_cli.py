@@ -152,16 +152,22 @@ def test_check_warns_on_stderr(capsys: pytest.CaptureFixture[str], arguments: li
 
 @pytest.mark.parametrize("command", ["check", "train"])
 @pytest.mark.parametrize(
-    "broken", ["data.train_path=gone.jsonl", "train.num_steps=0", "sede=1", "optimizer.min_lr=1"]
+    ("broken", "named"),
+    [
+        ("data.train_path=gone.jsonl", "gone.jsonl"),
+        ("train.num_steps=0", "train.num_steps=0"),
+        ("sede=1", "sede"),
+        ("optimizer.min_lr=1", "optimizer.min_lr=1.0"),
+    ],
 )
 def test_warnings_come_with_problems(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str, broken: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str, broken: str, named: str
 ) -> None:
     """Whether it is a file that is wrong, a number, a name, or two keys together."""
     assert cli.main([command, *arguments, "algorithm.loss.delta=2", broken]) == 1
     problem, warning = capsys.readouterr().err.splitlines()
     assert problem.startswith("ConfigError: ")
-    assert broken.partition("=")[2] in problem
+    assert named in problem
     assert warning.startswith("warning: algorithm.loss.delta=2.0: ")
 
 
