@@ -129,6 +129,8 @@ def _text_rule(value: str) -> str | None:
         value.encode()
     except UnicodeEncodeError:
         return "be text that can be written as UTF-8"
+    if re.search("[\x85\u2028\u2029]", value):  # PyYAML writes them so that it reads spaces
+        return "not contain a line break other than \\n"
     return "not contain a null character" if "\0" in value else None
 
 

@@ -92,6 +92,7 @@ class Texts(Section):
     [
         ("name", "\ud83d", "must be text that can be written as UTF-8"),
         ("names", ["fine", "a\0b"], "must not contain a null character"),
+        ("name", "a\u2028b", "must not contain a line break other than \\n"),
         ("folder", "", "must name a file or folder"),
         ("other", "", "must name a file or folder"),
         ("folder", "a\0b", "must not contain a null character"),
