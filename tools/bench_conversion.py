@@ -122,14 +122,18 @@ def measure(command: str, row: Row) -> None:
 
 
 def run_turns(
-    console: Console, found: dict[str, tuple[str, Path]], output: Path, repeats: int, *, warm: bool
+    console: Console, found: dict[str, tuple[str, Path]], output: Path, options: argparse.Namespace
 ) -> list[Row]:
+    """One turn at least; no further one that would not fit into the time, as the latest took it."""
     rows = {name: Row(name) for name in found}
+    deadline = psutil.Process().create_time() + 60.0 * options.minutes
+    repeats = options.repeats
     for turn in range(repeats):
+        started = time.time()
         for name, (command, source) in found.items():
             shutil.rmtree(output / name, ignore_errors=True)
             os.sync()
-            set_cache(source, warm=warm)
+            set_cache(source, warm=options.warm)
             load = os.getloadavg()[0]
             console.print(f"turn {turn + 1} of {repeats}: {name} ... ", end="")
             measure(command, rows[name])
@@ -137,6 +141,9 @@ def run_turns(
             if name != TO_MEGATRON:  # the way back reads it
                 shutil.rmtree(output / name)
         shutil.rmtree(output / TO_MEGATRON)
+        if turn + 1 < repeats and 2 * time.time() - started > deadline:
+            console.print(f"no time for turn {turn + 2} of {repeats}: --minutes {options.minutes:g}")
+            break
     return list(rows.values())
 
 
@@ -168,6 +175,9 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
+        "--minutes", type=float, help="begin no further turn that would take longer; 8 without a FOLDER"
+    )
+    parser.add_argument(
         "--warm", action="store_true", help="each command finds its input in the page cache; default: none"
     )
     parser.add_argument("--options", default="", help="for both conversions, such as '--workers 4'")
@@ -179,6 +189,8 @@ def main() -> int:
         help="another converter; its command has {source} and {target}",
     )
     arguments = parser.parse_args()
+    if arguments.minutes is None:
+        arguments.minutes = 8.0 if arguments.folder is None else float("inf")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     try:
         with ends_in_order_on_sigterm(lambda: "nothing is kept"), ExitStack() as stack:
@@ -212,7 +224,7 @@ def bench(console: Console, source: Path, arguments: argparse.Namespace) -> None
     )
     with tempfile.TemporaryDirectory(dir=arguments.output or source.parent) as output:
         found = commands(source, Path(output), arguments.peer, arguments.options)
-        rows = run_turns(console, found, Path(output), arguments.repeats, warm=arguments.warm)
+        rows = run_turns(console, found, Path(output), arguments)
     show(console, rows, num_bytes)
     console.print(f"load at the end: {os.getloadavg()[0]:.1f}")
 

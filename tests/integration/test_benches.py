@@ -85,6 +85,27 @@ def test_conversion(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_conversion_begins_no_turn_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_conversion, "_MADE", TINY)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def measure(_: str, row: bench_conversion.Row) -> None:
+        (folder,) = tmp_path.glob("*/tmp*")
+        (folder / row.name).mkdir()
+        for values in (row.seconds, row.tree_bytes, row.process_bytes):
+            values.append(1)
+
+    monkeypatch.setattr(bench_conversion, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["bench_conversion.py", "--minutes=0"])
+    assert bench_conversion.main() == 0
+    output = capsys.readouterr().out
+    assert "turn 1 of 3: cp_fsync ... 1.0 s" in output
+    assert "no time for turn 2 of 3: --minutes 0" in output
+    assert "turn 2 of 3: cp_fsync" not in output
+
+
 def test_conversion_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_conversion, "_MADE_BYTES", 1e18)
     monkeypatch.setattr(sys, "argv", ["bench_conversion.py"])
