@@ -17,6 +17,8 @@ SUPERVISOR_PID = "MEGATRON_DRPO_SUPERVISOR_PID"
 
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
+_STDERR = 2
+"""Its descriptor, whatever sys.stderr is at present."""
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -53,7 +55,7 @@ def ends_at_once_on_sigterm(when: str) -> Iterator[None]:
     def end(number: int, _: FrameType | None) -> None:
         # Not an exception: an import may swallow it, or be left in pieces and complain. Nor a buffered write,
         # which may not begin within another.
-        os.write(sys.stderr.fileno(), f"{Terminated(number)} {when}\n".encode())
+        os.write(_STDERR, f"{Terminated(number)} {when}\n".encode())
         os._exit(128 + number)
 
     with _on_sigterm(end):
