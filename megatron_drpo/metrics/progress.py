@@ -29,6 +29,8 @@ SHOWN = (
     ("throughput", "throughput/tokens_per_s", "{:,.0f} tokens/s"),
 )
 """(label, metric, format), in display order."""
+ONLY_IF_ANY = {"mismatch/faulty_tokens"}
+"""Not shown while it is 0, as it is in every healthy run."""
 
 PHASE_COLOURS = {
     "rollout": "blue",
@@ -110,7 +112,7 @@ class Progress:
 
     def _line(self, metrics: Metrics) -> str:
         parts = [f"step {self._step}/{self._num_steps}"]
-        for label, name, template in SHOWN:
+        for label, name, template in _shown(metrics):
             value = _number(metrics, name)
             if value is not None:
                 parts.append(f"{label} {template.format(value)}")
@@ -146,7 +148,7 @@ class Progress:
 
     def _table(self) -> RenderableType:
         table = Table.grid(padding=(0, 3))
-        for label, name, template in SHOWN:
+        for label, name, template in _shown(self._metrics):
             value = _number(self._metrics, name)
             shown = "–" if value is None else template.format(value)
             trend = _sparkline(self._history.get(name, [])[-_TREND_STEPS:])
@@ -167,6 +169,11 @@ class Progress:
             legend.append(entry, style=colour)
             legend.append("   ")
         return Group(bar, legend)
+
+
+def _shown(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """The rows of `SHOWN` that have a place on the display."""
+    return [row for row in SHOWN if row[1] not in ONLY_IF_ANY or _number(metrics, row[1])]
 
 
 def _number(metrics: Metrics, name: str) -> float | None:

@@ -37,8 +37,8 @@ def test_one_line_per_step_without_a_terminal() -> None:
         progress.message("resumed from [step 0]")
         progress.phase("rollout")
         progress.step(0, {"eval/accuracy": 0.25})
-        progress.step(1, METRICS)
-        progress.step(2, METRICS | {"eval/accuracy": 0.875})
+        progress.step(1, METRICS | {"mismatch/faulty_tokens": 0.0})
+        progress.step(2, METRICS | {"eval/accuracy": 0.875, "mismatch/faulty_tokens": 3.0})
     message, before, first, second = stream.getvalue().splitlines()
     assert message == "resumed from [step 0]"
     assert before == "step 0/11 | accuracy 25.0% | ETA --:--"
@@ -47,6 +47,7 @@ def test_one_line_per_step_without_a_terminal() -> None:
         "throughput 12,346 tokens/s | 4.00 s (rollout 50%, forward_backward 25%, other 25%) | ETA 01:00"
     )
     assert "step 2/11 | reward 0.531 | accuracy 87.5% |" in second
+    assert "| mismatch |dlogp| 1.23e-06 | faulty tokens 3 |" in second
     assert second.endswith("ETA 00:54")
 
 
