@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator
 from enum import StrEnum
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,6 +112,9 @@ def read_config(argv: list[str]) -> tuple[Config, list[str]]:
             raise ConfigError(*problems, f"{error.full_key}: {_first_line(error)}") from None
         except RecursionError:
             raise ConfigError(*problems, f"{f.name}: a value in ${{...}} leads back to itself") from None
+    misfits = _misfits(config)
+    if misfits:  # a section cannot be asked about a value of another kind
+        raise ConfigError(*problems, *misfits)
     config.expand_paths()
     return config, [*problems, *config.problems()]
 
@@ -218,6 +221,18 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
     except (OmegaConfBaseException, OverflowError, TypeError, ValueError):
         return f"{key}={shown(value)}: expected {_in_words(declared)}"
     return None
+
+
+def _misfits(config: Config) -> list[str]:
+    """Lists and mappings that are something else: of what ${...} refers to, OmegaConf checks plain values
+    alone."""
+    problems = []
+    for key, declared in declared_types().items():
+        kind = typing.get_origin(declared)
+        value = reduce(getattr, key.split("."), config) if kind in (list, dict) else None
+        if kind in (list, dict) and not isinstance(value, kind):
+            problems.append(f"{key}={shown(value)}: expected {_in_words(declared)}")
+    return problems
 
 
 def _suggest(key: str, *, is_section: bool) -> str | None:

@@ -201,6 +201,23 @@ def test_argument_of_another_form(argument: str) -> None:
     )
 
 
+def test_what_is_referred_to_must_be_of_the_same_kind() -> None:
+    """OmegaConf converts plain values that ${...} refers to, and takes anything for lists and mappings."""
+    problems = problems_of(
+        "run_dir=runs/a",
+        "nope=1",
+        "rollout.sglang.arguments=${run_dir}",
+        "data.tools=${data.chat_template_kwargs}",
+        "policy.megatron_overrides=${rollout.stop_token_ids}",
+    )
+    assert problems == (
+        "nope: unknown key (in command line)",
+        "data.tools={}: expected a list, in brackets: [...]",
+        "rollout.sglang.arguments='runs/a': expected a list, in brackets: [...]",
+        "policy.megatron_overrides=[]: expected a mapping, in braces: {name: value}",
+    )
+
+
 def test_argument_that_is_no_yaml() -> None:
     (problem,) = problems_of("rollout.stop_token_ids=[1, 2")
     assert problem.startswith("command line: ")
