@@ -54,8 +54,10 @@ def compute_advantages(
     rewards = rewards_PG.double()
     num_samples = rewards.shape[1]
     is_constant = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    # The mean of equal floats may differ from them by rounding, which a division by std would blow up.
-    centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_constant, 0.0)
+    # The mean of floats that are equal, or nearly so, is off by rounding, which a division by std would blow
+    # up: centring a second time takes out what is left of it.
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    centred = (centred - centred.mean(dim=1, keepdim=True)).masked_fill(is_constant, 0.0)
     degrees_of_freedom = max(num_samples - 1, 1)
     if estimator is Advantage.group_mean_std:
         std = (centred.square().sum(dim=1, keepdim=True) / degrees_of_freedom).sqrt()

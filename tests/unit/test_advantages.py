@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,6 +59,7 @@ groups = st.integers(2, 6).flatmap(
 
 
 @given(groups)
+@example([[-100.0, -99.99999999999999]])
 def test_centred_advantages_sum_to_zero_and_are_finite(rows: list[list[float]]) -> None:
     for estimator in CENTRED:
         advantages = compute_advantages(tensor(rows), estimator)
