@@ -63,7 +63,8 @@ class Outcome:
     """Share of a step's time outside rollout, reward, forward/backward and optimizer; median over the steps,
     because on a busy machine a single step may wait seconds for other processes."""
     mismatch: float
-    """Mean |logprobs - rollout_logprobs| before a step's first update; the largest of all steps."""
+    """Mean |logprobs - rollout_logprobs| before a step's first update; median over the steps, because in a
+    single one a router whose logits are equal within rounding may choose other experts than the server's."""
     exported: float
     num_export_samples: int
 
@@ -127,7 +128,11 @@ def run(folder: Path, *, seed: int, shuffle_rewards: bool, engine: str) -> Outco
         after=evaluations[-1]["eval/accuracy"],
         num_eval_samples=int(evaluations[-1]["eval/num_samples"]),
         overhead=median(step["time/overhead_share"] for step in steps if "time/overhead_share" in step),
-        mismatch=max(step.get("mismatch/first_update_logprob_abs_mean", 0.0) for step in steps),
+        mismatch=median(
+            step["mismatch/first_update_logprob_abs_mean"]
+            for step in steps
+            if "mismatch/first_update_logprob_abs_mean" in step
+        ),
         exported=exported["accuracy"],
         num_export_samples=exported["num_samples"],
     )
@@ -191,7 +196,10 @@ def show(outcome: Outcome, run_dir: Path, problems: list[str], *, seconds: float
     table = Table.grid(padding=(0, 2))
     table.add_row("[dim]held-out accuracy[/]", f"[bold]{outcome.before:.1%} → {outcome.after:.1%}[/]")
     table.add_row("[dim]the export, with transformers[/]", f"{outcome.exported:.1%}")
-    table.add_row("[dim]train/rollout mismatch[/]", f"{outcome.mismatch:.1e} per logprob (mean)")
+    table.add_row(
+        "[dim]train/rollout mismatch[/]",
+        f"{outcome.mismatch:.1e} per logprob (median of the steps)",
+    )
     table.add_row("[dim]trainer overhead[/]", f"{outcome.overhead:.1%} of a step's time (median)")
     table.add_row("[dim]time[/]", f"{int(seconds) // 60} min {int(seconds) % 60} s")
     table.add_row()

@@ -72,8 +72,8 @@ class RewardPool:
         self._pool.join()
 
     def score(self, rollouts: list[Rollout]) -> list[float]:
-        """One finite reward per response, in order. The function does not see the top-k fields, which are
-        larger than all the rest together.
+        """One finite reward per response, in order. The function sees neither top-k fields nor routes: they
+        are larger than all the rest together.
 
         Raises:
             RewardError: a reward failed and `reward.on_error=error`, or no worker can run.
@@ -82,7 +82,9 @@ class RewardPool:
             self._pool = self._start_workers()
         futures: list[ProcessFuture[float | Failure]] = [
             self._pool.schedule(worker.score, (self._config.name, rollout), timeout=self._config.timeout_s)
-            for rollout in (replace(rollout, topk_ids=None, topk_logprobs=None) for rollout in rollouts)
+            for rollout in (
+                replace(rollout, topk_ids=None, topk_logprobs=None, routes=None) for rollout in rollouts
+            )
         ]
         try:
             return [self._reward(rollout, future) for rollout, future in zip(rollouts, futures, strict=True)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megatron_drpo.config import OnRewardError, RewardConfig
 from megatron_drpo.errors import RewardError
@@ -54,13 +55,14 @@ def test_rewards_come_back_in_order(make_rollout: MakeRollout) -> None:
         assert pool.score([]) == []
 
 
-def test_rewards_do_not_carry_the_most_probable_ids(
+def test_rewards_carry_neither_the_most_probable_ids_nor_routes(
     make_rollout: MakeRollout, write_module: WriteModule
 ) -> None:
     """They are larger than all the rest of a rollout, which keeps them."""
-    write_module("pool_topk", "def score(r): return float(r.topk_ids is None and r.topk_logprobs is None)")
+    write_module("pool_topk", "def score(r): return float(r.topk_ids is r.topk_logprobs is r.routes is None)")
     rollout = make_rollout("1")
     rollout.topk_ids, rollout.topk_logprobs = [[1, 2]] * 3, [[-1.0, -2.0]] * 3
+    rollout.routes = torch.zeros(4, 2, 2, dtype=torch.uint8)
     with RewardPool(RewardConfig(name="pool_topk:score")) as pool:
         assert pool.score([rollout]) == [1.0]
     assert rollout.topk_ids == [[1, 2]] * 3
