@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Int
 
 from megatron_drpo.config import OnBadRoutes
 from megatron_drpo.errors import DataError
@@ -50,16 +51,26 @@ class RouteCheck:
                 "policy.routing_replay=none"
             )
         num_tokens = len(rollout.prompt.token_ids) + len(rollout.response_ids)
-        if len(routes) != num_tokens - 1:
-            return f"routes of {len(routes)} tokens, expected {num_tokens - 1}: of all but the last one"
-        wide = routes.to(torch.int16)
-        is_bad = ((wide < 0) | (wide >= self.num_experts)).any(2) | (
-            wide.sort(2).values.diff(dim=2) == 0
-        ).any(2)
-        if not is_bad.any():
-            return None
-        token, layer = is_bad.nonzero()[0].tolist()
-        return (
-            f"token {token} goes to experts {wide[token, layer].tolist()} in mixture-of-experts layer "
-            f"{layer}: expected distinct ones of 0..{self.num_experts - 1}"
-        )
+        missed = find_route_problem(routes, self.num_experts, num_tokens)
+        return None if missed is None else f"expected {missed}"
+
+
+def find_route_problem(routes: Int[torch.Tensor, "L-1 M K"], num_experts: int, num_tokens: int) -> str | None:
+    """What routes should be and are not, in words that complete "expected"; None if they can be right.
+
+    Args:
+        routes: of any integer dtype.
+        num_tokens: L of the sequence, whose last token was never fed.
+    """
+    if len(routes) != num_tokens - 1:
+        return f"routes of {num_tokens - 1} tokens, all but the last one, got {len(routes)}"
+    wide = routes.to(torch.int32)
+    is_bad = ((wide < 0) | (wide >= num_experts)).any(2)
+    is_bad |= (wide.sort(2).values.diff(dim=2) == 0).any(2)
+    if not is_bad.any():
+        return None
+    token, layer = is_bad.nonzero()[0].tolist()
+    return (
+        f"distinct experts of 0..{num_experts - 1}, got {wide[token, layer].tolist()} of token {token} in "
+        f"mixture-of-experts layer {layer}"
+    )

@@ -33,8 +33,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from tools import random_checkpoint
+from tools.bench_end import run_bench
 
 COPY = "cp_fsync"
 TO_MEGATRON = "hf_to_megatron"
@@ -192,13 +192,13 @@ def main() -> int:
     if arguments.minutes is None:
         arguments.minutes = 8.0 if arguments.folder is None else float("inf")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    try:
-        with ends_in_order_on_sigterm(lambda: "nothing is kept"), ExitStack() as stack:
+
+    def measure_all() -> None:
+        with ExitStack() as stack:
             source = arguments.folder or make_folder(console, arguments.output, stack)
             bench(console, source.absolute(), arguments)
-    except (KeyboardInterrupt, Terminated) as end:
-        return tell_end(end)
-    return 0
+
+    return run_bench(measure_all, console)
 
 
 def make_folder(console: Console, output: Path | None, stack: ExitStack) -> Path:

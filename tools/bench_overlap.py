@@ -33,9 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_drpo.config_io import load_config
-from megatron_drpo.errors import DrpoError
-from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from megatron_drpo.rollout.launch import build_fleet
+from tools.bench_end import run_bench
 from tools.tiny_model import write_tiny_moe
 
 ROOT = Path(__file__).parents[1]
@@ -84,16 +83,7 @@ def main() -> int:
     parser.add_argument("--response-tokens", type=int, default=48, help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_overlap")
     arguments = parser.parse_args()
-    bench = Bench(arguments)
-    try:
-        with ends_in_order_on_sigterm(lambda: f"its logs are in {arguments.folder}"):
-            bench.measure()
-    except DrpoError as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
-        return 1
-    except (KeyboardInterrupt, Terminated) as end:
-        return tell_end(end)
-    return 0
+    return run_bench(Bench(arguments).measure, console, kept=f"its logs are in {arguments.folder}")
 
 
 def crossing(lengths: Sequence[int], times: Sequence[StepTimes]) -> int:

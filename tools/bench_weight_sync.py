@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.config_io import load_config
-from megatron_drpo.errors import DrpoError, WeightSyncError
+from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from megatron_drpo.rollout.launch import build_fleet
 from megatron_drpo.weight_sync.push import WeightPusher
+from tools.bench_end import run_bench
 from tools.tiny_model import write_tiny_moe
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -250,15 +250,7 @@ def main() -> int:
         receive(*map(int, sys.argv[2:]))
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    try:
-        with ends_in_order_on_sigterm(lambda: "nothing is kept"):
-            run(arguments)
-    except DrpoError as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
-        return 1
-    except (KeyboardInterrupt, Terminated) as end:
-        return tell_end(end)
-    return 0
+    return run_bench(lambda: run(arguments), console)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Fuzzer:
         resolved.write_text(output)
         try:
             again = to_yaml(load_config([f"config={resolved}"]))
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001  whatever it is, it is a finding
             return f"what check prints does not load: {traceback.format_exc(limit=-1)}"
         return None if again == output else "what check prints loads to something else"
 

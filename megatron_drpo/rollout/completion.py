@@ -18,6 +18,7 @@ from megatron_drpo.config import OnBadRoutes
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.answer import Answer, shorten
 from megatron_drpo.rollout.client import SampleRequest
+from megatron_drpo.routes import find_route_problem
 from megatron_drpo.sequences import MAX_LOGPROB, MAX_MASS
 from megatron_drpo.types import FinishReason
 
@@ -245,28 +246,13 @@ def _routes(meta: Answer, shape: RouteShape, num_tokens: int) -> Routes | None:
         rows, form = None, f"[_, {shape.num_layers}, {shape.num_experts_per_token}]"
         problem = f"base64 of int32 {form}: {error}"
     else:
-        problem = _route_problem(rows, shape, num_tokens - 1)
+        problem = find_route_problem(rows, shape.num_experts, num_tokens)
     if rows is not None and problem is None:
         return rows.to(shape.dtype)
     if shape.on_bad is OnBadRoutes.fallback:
         return None
     hint = "policy.on_bad_routes=fallback lets the router choose for such a response"
     raise meta.lie("routed_experts", encoded, f"{problem}. {hint}")
-
-
-def _route_problem(rows: Routes, shape: RouteShape, num_rows: int) -> str | None:
-    """What they should be, if they are not."""
-    if len(rows) != num_rows:
-        return f"routes of {num_rows} tokens, all but the last one, got {len(rows)}"
-    is_bad = ((rows < 0) | (rows >= shape.num_experts)).any(2)
-    is_bad |= (rows.sort(2).values.diff(dim=2) == 0).any(2)
-    if not is_bad.any():
-        return None
-    token, layer = is_bad.nonzero()[0].tolist()
-    return (
-        f"distinct experts of 0..{shape.num_experts - 1}, got {rows[token, layer].tolist()} of token {token} "
-        f"in mixture-of-experts layer {layer}"
-    )
 
 
 def _policy_versions(meta: Answer, num_tokens: int, allowed: tuple[int, int]) -> list[int]:

@@ -45,13 +45,16 @@ def spoilt(token: int, layer: int, experts: list[int]) -> torch.Tensor:
     ("routes", "problem"),
     [
         (None, "the server reported no routed experts: start it with --enable-return-routed-experts"),
-        (ROUTES[:2], "routes of 2 tokens, expected 3: of all but the last one"),
+        (ROUTES[:2], "expected routes of 3 tokens, all but the last one, got 2"),
         (
             spoilt(2, 1, [4, 0]),
-            r"token 2 goes to experts \[4, 0\] in mixture-of-experts layer 1: expected distinct",
+            r"expected distinct experts of 0\.\.3, got \[4, 0\] of token 2 in mixture-of-experts layer 1",
         ),
-        (spoilt(0, 0, [-1, 0]), r"token 0 goes to experts \[-1, 0\] in mixture-of-experts layer 0"),
-        (spoilt(1, 0, [3, 3]), r"token 1 goes to experts \[3, 3\] in mixture-of-experts layer 0"),
+        (
+            spoilt(0, 0, [-1, 0]),
+            r"expected distinct .* got \[-1, 0\] of token 0 in mixture-of-experts layer 0",
+        ),
+        (spoilt(1, 0, [3, 3]), r"expected distinct .* got \[3, 3\] of token 1 in mixture-of-experts layer 0"),
     ],
 )
 def test_bad_routes_are_named_or_left_to_the_router(routes: torch.Tensor | None, problem: str) -> None:
