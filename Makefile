@@ -38,10 +38,14 @@ install: $(INSTALLED) ## create .venv with all that the other targets need
 quickstart: $(INSTALLED) ## a tiny mixture-of-experts model learns arithmetic: about 5 minutes on 2 cores
 	@$(call stage,quickstart) $(PYTHON) examples/quickstart.py
 
+# Two at a time, whatever the machine has: a test may start four ranks, or a trainer and servers, and most have
+# time limits.
+PARALLEL_TESTS := --numprocesses=2 --dist=worksteal
+
 # One thread per process: tests that start ranks and servers share the cores among them.
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) ## all tests but those with SGLang; PYTEST_ARGS="-k packing" selects
-	@$(call stage,tests) $(PYTHON) -m pytest -q --durations=15 --durations-min=1 $(PYTEST_ARGS)
+	@$(call stage,tests) $(PYTHON) -m pytest -q $(PARALLEL_TESTS) --durations=15 --durations-min=1 $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## lint, formatting, types, import contracts
 	@$(call stage,lint) .venv/bin/ruff check --quiet
@@ -64,7 +68,7 @@ env-py312: $(INSTALLED_312) ## create .venv-py312: Python 3.12, megatron-core 0.
 test-py312: export OMP_NUM_THREADS := 1
 test-py312: $(INSTALLED_312) ## the tests of `make test` in .venv-py312; not part of CI
 	@$(call stage,tests on Python 3.12) CUDA_VISIBLE_DEVICES='' \
-		.venv-py312/bin/python -m pytest -q $(PYTEST_ARGS)
+		.venv-py312/bin/python -m pytest -q $(PARALLEL_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove the environments and everything the tools left behind; runs/ stays
 	rm -rf .venv .venv-py312 .venv-sglang dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache

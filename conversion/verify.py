@@ -49,11 +49,14 @@ class Report:
     def add(self, what: str, problems: list[str], detail: str = "") -> None:
         mark = "[red]failed [/]" if problems else "[green]ok     [/]"
         self.num_checks += 1
-        self._console.print(f"{mark} {escape(what)}" + (f": [dim]{escape(detail)}[/]" if detail else ""))
+        self._print(f"{mark} {escape(what)}" + (f": [dim]{escape(detail)}[/]" if detail else ""))
         self.problems += problems
 
     def skip(self, what: str, why: str) -> None:
-        self._console.print(f"[yellow]skipped[/] {escape(what)}: [dim]{escape(why)}[/]")
+        self._print(f"[yellow]skipped[/] {escape(what)}: [dim]{escape(why)}[/]")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)  # a path that is cut cannot be copied
 
 
 def verify_checkpoint(

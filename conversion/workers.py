@@ -55,7 +55,7 @@ def run_units(
     todo = [unit for unit in units if unit.index not in workspace.done]
     before = workspace.num_bytes_done
     total = sum(unit.num_bytes for unit in units)
-    Console(stderr=True).print(title, highlight=False, markup=False)
+    Console(stderr=True).print(title, highlight=False, markup=False, soft_wrap=True)
     try:
         with _progress("converting", total, before) as show:
             for unit, record in run_jobs(todo, work, num_workers=num_workers, show=show):
@@ -153,7 +153,7 @@ def _progress(title: str, total: int, done_before: int) -> Iterator[Callable[[in
     started = time.monotonic()
     if not sys.stderr.isatty():
         again = f" ({done_before / 1e9:.2f} GB are there from before)" if done_before else ""
-        console.print(f"{title}: {total / 1e9:.2f} GB{again}", highlight=False, markup=False)
+        console.print(f"{title}: {total / 1e9:.2f} GB{again}", highlight=False, markup=False, soft_wrap=True)
         done = [0]
 
         def remember(num_bytes: int) -> None:

@@ -216,7 +216,7 @@ def _build_leader(
             find_answer_problems=find_answer_problems,
         )
         if parallel.is_main and loaded.left_out is not None:
-            Console().print(f"[yellow]warning[/] {path}: {escape(loaded.left_out)}")
+            Console().print(f"[yellow]warning[/] {path}: {escape(loaded.left_out)}", soft_wrap=True)
         return loaded
 
     train_prompts = load(config.data.train_path).prompts
@@ -295,7 +295,7 @@ def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
     console = Console()
     console.print(table)
     for warning in warn_config(config):
-        console.print(f"[yellow]warning[/] {warning}")
+        console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
 
 
 def _write_summary(config: Config) -> None:

@@ -53,7 +53,13 @@ _EXIT_S = 60.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """All warnings are errors, but for what Megatron-Core and torch say of themselves."""
+    """All warnings are errors, but for what Megatron-Core and torch say of themselves.
+
+    A shell's background job starts with SIGINT ignored, and so does all that it starts: tests of Ctrl-C need
+    Python's own handler.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     filters = [f"ignore:{start}" for start in EXPECTED]
     for category in ("DeprecationWarning", "FutureWarning"):
         filters += [f"ignore::{category}:megatron", f"ignore::{category}:torch"]

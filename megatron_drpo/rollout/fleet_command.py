@@ -45,11 +45,12 @@ def up(config: Config, stop: threading.Event | None = None) -> None:
 def _run(config: Config, path: Path, stop: threading.Event) -> None:
     console = Console(highlight=False)
     rollout = config.rollout
-    console.print(f"starting {rollout.fleet.num_servers} x {rollout.engine} ({config.policy.model_path})")
+    what = f"starting {rollout.fleet.num_servers} x {rollout.engine} ({config.policy.model_path})"
+    console.print(what, soft_wrap=True)
     with build_fleet(config) as fleet:
         for endpoint in fleet.endpoints:
-            console.print(f"  [green]up[/] {endpoint}")
-        console.print(f"train with rollout.fleet_file={path}; Ctrl-C ends the servers")
+            console.print(f"  [green]up[/] {endpoint}", soft_wrap=True)
+        console.print(f"train with rollout.fleet_file={path}; Ctrl-C ends the servers", soft_wrap=True)
         if threading.current_thread() is threading.main_thread():  # `fleet down` is no interruption
             signal.signal(signal.SIGTERM, lambda *_: stop.set())
         seen: dict[str, str] = {}
@@ -88,4 +89,4 @@ def _report(console: Console, server: ServerState, seen: dict[str, str]) -> None
     line = f"{server.state} {server.endpoint}" + (f": {server.last_error}" if server.last_error else "")
     if seen.setdefault(server.name, line) != line:
         seen[server.name] = line
-        console.print(f"{time.strftime('%H:%M:%S')} {server.name} {line}")
+        console.print(f"{time.strftime('%H:%M:%S')} {server.name} {line}", soft_wrap=True)
