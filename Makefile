@@ -28,7 +28,7 @@ INSTALLED_SGLANG := .venv-sglang/.installed
 # $(call stage,NAME) COMMANDS: say what starts and, however it ends, how long it took.
 stage = echo "==> $(1)"; trap 'echo "    $(1): $$SECONDS s"' EXIT;
 
-.PHONY: help install quickstart test check format sglang-env test-sglang env-py312 test-py312 clean
+.PHONY: help install quickstart test parity gpu-proof check format sglang-env test-sglang env-py312 test-py312 clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -46,6 +46,12 @@ PARALLEL_TESTS := --numprocesses=2 --dist=worksteal
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) ## all tests but those with SGLang; PYTEST_ARGS="-k packing" selects
 	@$(call stage,tests) $(PYTHON) -m pytest -q $(PARALLEL_TESTS) --durations=15 --durations-min=1 $(PYTEST_ARGS)
+
+parity: $(INSTALLED) ## every loss on every layout with both kinds of layers, against float64: about 30 minutes on 2 cores
+	@$(call stage,parity matrix) $(PYTHON) tools/parity.py --matrix --time-limit-s 7200
+
+gpu-proof: $(INSTALLED) ## what only a GPU can show, one table; about 8 minutes on one GPU
+	@$(call stage,GPU proof) $(PYTHON) tools/gpu_proof.py
 
 check: $(INSTALLED) ## lint, formatting, types, import contracts
 	@$(call stage,lint) .venv/bin/ruff check --quiet

@@ -22,7 +22,7 @@ from megatron_drpo.models.load_megatron import READ_ERRORS, describe_error, load
 from megatron_drpo.models.mapping import TensorMap
 from megatron_drpo.models.places import KeyLayout, is_training_state
 from megatron_drpo.packing import pack
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.forward import last_hidden_states, run_model
 from megatron_drpo.policy.model import PolicyModel, build_model_chunks, build_transformer_config
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel

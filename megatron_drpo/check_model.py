@@ -6,16 +6,21 @@ from megatron_drpo.config import Config, RolloutConfig, RolloutEngineName
 from megatron_drpo.errors import ConfigError, PlatformError
 from megatron_drpo.limits import shown
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.model import build_transformer_config
 
 
 def check_megatron(config: Config, architecture: ArchitectureConfig) -> list[str]:
-    """Whether Megatron takes the model, the layout and policy.megatron_overrides together."""
+    """Whether Megatron takes the model, the layout and policy.megatron_overrides together, and its layers are
+    installed."""
     try:
-        build_transformer_config(config, architecture, build_platform(config.platform))
+        platform = build_platform(config.platform)
     except PlatformError:  # only the machine that trains can tell
         return []
+    try:
+        build_transformer_config(config, architecture, platform)
+    except PlatformError as error:
+        return [str(error)]
     except ConfigError as error:
         return list(error.problems)
     return []

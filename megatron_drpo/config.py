@@ -450,6 +450,11 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
+class Layers(StrEnum):
+    transformer_engine = "transformer_engine"
+    local = "local"
+
+
 class Recompute(StrEnum):
     none = "none"
     selective = "selective"
@@ -491,8 +496,12 @@ class PolicyConfig(Section):
     max_tokens_per_micro_batch: int = number(8192, at_least=1, at_most=MAX_TOKENS)
     """Token budget of one packed forward, of all context-parallel ranks together; a longer sequence gets a
     micro-batch of its own."""
+    layers: Layers = Layers.transformer_engine
+    """Whose layers Megatron builds. transformer_engine: fused, with grouped experts; on a CPU a stand-in of
+    plain torch takes its place. local: Megatron's own, on GPUs far slower. Checkpoints are the same."""
     recompute: Recompute = Recompute.none
-    """Recompute activations in the backward pass: nothing, the attention core, or every layer."""
+    """Recompute activations in the backward pass: nothing; what is large and quick to compute (a mixture of
+    experts' activation and norms, else the attention core); or every layer."""
     logprob_mode: LogprobMode = LogprobMode.auto
     """one_pass: gradients of the LM head are formed in the forward pass, three GEMMs; not for losses or
     corrections of whole sequences. recompute: logits are computed again in the backward pass, four GEMMs.

@@ -37,7 +37,7 @@ from megatron_drpo.metrics.report import write_report
 from megatron_drpo.metrics.rollout_dump import write_index
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.platform import Platform, build_platform
+from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.publish import WeightPublisher
@@ -287,7 +287,7 @@ def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
         ("model", f"{config.policy.model_path} ({config.policy.dtype})"),
         *([("weights", weights_path)] if weights_path is not None else []),
         ("layout", layout + (", sequence parallel" if parallel.sequence_parallel else "")),
-        *platform.describe(),
+        *platform.describe(config.policy.layers),
         ("run", config.run_dir),
     ]
     for name, value in lines:

@@ -21,6 +21,7 @@ from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.faulty_tokens import FaultReport, alarm_of_faults, report_faults
+from megatron_drpo.metrics.memory import device_memory
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.prometheus import PrometheusServer
 from megatron_drpo.metrics.reward_alarm import RewardAlarm
@@ -80,7 +81,8 @@ class Trainer:
         self.watchdog = watchdog
         self.prometheus = prometheus
         self.state = RunState()
-        self.timer = StepTimer()
+        on_gpu = policy.parallel.device.type == "cuda"
+        self.timer = StepTimer(wait=torch.cuda.synchronize if on_gpu else None)
         self.trust_region = TrustRegionAlarm()
         self.rewards = RewardAlarm(config)
         self.alarms: list[str] = []
@@ -104,7 +106,7 @@ class Trainer:
                 metrics |= self._evaluate()
             times = self.timer.finish()
             times["throughput/tokens_per_s"] = self.num_tokens / times["time/step_s"]
-            metrics |= times
+            metrics |= times | device_memory(self.policy.parallel.device)
             self._report(step + 1, metrics)
             if self._is_due(self.config.checkpoint.save_every_steps):
                 self._save()

@@ -32,7 +32,7 @@ import transformers
 import uvicorn
 
 from megatron_drpo.config import ParallelConfig, PlatformName
-from megatron_drpo.platform import Platform, build_platform
+from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
 from megatron_drpo.types import TrainSequence
 from megatron_drpo.upstream_warnings import EXPECTED, ignore_expected_warnings

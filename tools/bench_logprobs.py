@@ -88,7 +88,7 @@ class Row:
 def run_rank(rank: int, sizes: Sizes, folder: str) -> None:
     """One of the processes; rank 0 leaves the rows in the folder."""
     from megatron_drpo.config import ParallelConfig, PlatformName
-    from megatron_drpo.platform import build_platform
+    from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
 
     ignore_expected_warnings()

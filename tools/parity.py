@@ -5,7 +5,7 @@ layout, with and without recompute and with small and large micro-batches; each 
 that has everything in one micro-batch. Ranks are processes on this machine that talk over gloo.
 
 With --matrix: loss, gradients and metrics of one update, of every objective under every layout, compared with
-a float64 model and objectives of our own (`parity_matrix.py`); --pairwise runs half of its cases.
+a float64 model and objectives of our own (`parity_matrix.py`); --pairwise runs a quarter of its cases.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def build_config(case: Case, model_path: str) -> Config:
 
 def run_rank(rank: int, num_ranks: int, folder: str, cases: list[Case]) -> None:
     """One of the processes: takes part in every case whose layout has a place for it."""
-    from megatron_drpo.platform import build_platform
+    from megatron_drpo.platform.base import build_platform
 
     torch.set_num_threads(1)
     platform = build_platform(build_config(cases[0], folder).platform)
@@ -335,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--matrix", action="store_true")
     matrix = parser.add_argument_group("with --matrix")
     matrix.add_argument("--losses", nargs="+", metavar="NAME", help="rows of the matrix; default: all")
-    matrix.add_argument("--pairwise", action="store_true", help="half of the cases, all pairs of factors")
+    matrix.add_argument("--pairwise", action="store_true", help="a quarter of them, all pairs of factors")
     matrix.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
     arguments = parser.parse_args()
     known = {"layouts": list(MATRIX_LAYOUTS if arguments.matrix else LAYOUTS), "losses": list(ROWS)}

@@ -17,6 +17,7 @@ from megatron_drpo.config import (
     Dtype,
     KlConfig,
     KlEstimator,
+    Layers,
     LogprobBackend,
     LogprobMode,
     LossConfig,
@@ -110,10 +111,11 @@ SPLITS = {"one": 4096, "many": 56}
 
 @dataclass(frozen=True)
 class Case:
-    """One objective under one layout and split, in one mode of the logprob op."""
+    """One objective under one layout, kind of layers and split, in one mode of the logprob op."""
 
     row: str
     layout: str
+    layers: Layers
     split: str
     mode: LogprobMode
 
@@ -122,21 +124,24 @@ def full_product(rows: Iterable[str], layouts: Iterable[str]) -> list[Case]:
     """Everything, layout after layout. Over the two splits each row sees both modes of the op, and over the
     rows so does each split; objectives of whole sequences have the recompute mode only."""
     return [
-        Case(row, layout, split, _mode(row, number))
+        Case(row, layout, layers, split, _mode(row, number))
         for layout in layouts
+        for layers in Layers
         for row in rows
         for number, split in enumerate(SPLITS)
     ]
 
 
 def pairwise(rows: Iterable[str], layouts: Iterable[str]) -> list[Case]:
-    """Half of the full product that still has every pair (row, layout), (row, split), (layout, split),
-    (row, mode) and (layout, mode): the split alternates along rows and along layouts."""
+    """A quarter of the full product that still has every pair of two factors, (row, mode) and (layout, mode)
+    among them: split and layers alternate along rows and along layouts, layers half as often."""
     chosen = []
     for column, layout in enumerate(layouts):
         for row in rows:
-            number = (list(ROWS).index(row) + column) % 2
-            chosen.append(Case(row, layout, list(SPLITS)[number], _mode(row, number)))
+            index = list(ROWS).index(row)
+            number = (index + column) % 2
+            layers = list(Layers)[(index // 2 + column) % 2]
+            chosen.append(Case(row, layout, layers, list(SPLITS)[number], _mode(row, number)))
     return chosen
 
 
@@ -161,6 +166,7 @@ def build_config(case: Case, folder: Path) -> Config:
         policy=PolicyConfig(
             model_path=str(models / "policy"),
             dtype=Dtype.fp32,
+            layers=case.layers,
             max_tokens_per_micro_batch=SPLITS[case.split],
             logprob_mode=case.mode,
             logprob_backend=LogprobBackend.torch,

@@ -34,15 +34,16 @@ from megatron_drpo.config import Anchor
 from tools.parity_cases import LAYOUTS, Case, build_config, full_product, pairwise
 from tools.parity_data import load_sequences, write_reference
 
-LIMITS = {"loss": 1e-6, "gradient": 1e-5, "metric": 1e-5}
+LIMITS = {"loss": 1e-6, "gradient": 1e-5, "norm": 1e-5, "metric": 1e-5}
 """loss: |difference| / mean |term|, the mean aggregated like the loss. gradient: relative difference in norm,
-the worst HF tensor. metric: |difference| / max(1, |value|), the worst metric, lists entry by entry."""
+the worst HF tensor. norm: relative difference of the global gradient norm that is clipped by. metric:
+|difference| / max(1, |value|), the worst metric, lists entry by entry."""
 COLLECTIVE_LIMIT_S = 600
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The three figures of a case and what the worst ones are of."""
+    """The figures of a case and what the worst ones are of."""
 
     case: Case
     figures: dict[str, float]
@@ -62,7 +63,7 @@ class Outcome:
 
 def run_rank(rank: int, folder: str, cases: list[Case]) -> None:
     """One of the processes: takes part in every layout that has a place for it."""
-    from megatron_drpo.platform import build_platform
+    from megatron_drpo.platform.base import build_platform
 
     torch.set_num_threads(1)
     path = Path(folder)
@@ -70,17 +71,17 @@ def run_rank(rank: int, folder: str, cases: list[Case]) -> None:
     device = platform.prepare(rank)
     outcomes: list[Outcome] = []
     done = 0
-    for layout in dict.fromkeys(case.layout for case in cases):
-        of_layout = [case for case in cases if case.layout == layout]
+    for layout, layers in dict.fromkeys((case.layout, case.layers) for case in cases):
+        of_layout = [case for case in cases if (case.layout, case.layers) == (layout, layers)]
         done += len(of_layout)
         world_size = LAYOUTS[layout].parallel.world_size
         if rank >= world_size:
             continue
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-        store = dist.FileStore(f"{folder}/store_{layout}", world_size)
+        store = dist.FileStore(f"{folder}/store_{layout}_{layers}", world_size)
         limit = timedelta(seconds=COLLECTIVE_LIMIT_S)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-        report = _progress(layout, done - len(of_layout), len(cases)) if rank == 0 else None
+        report = _progress(f"{layout}, {layers}", done - len(of_layout), len(cases)) if rank == 0 else None
         outcomes += _run_layout(of_layout, path, platform, device, report)
         dist.barrier()
         dist.destroy_process_group()
@@ -88,10 +89,10 @@ def run_rank(rank: int, folder: str, cases: list[Case]) -> None:
         (path / "outcomes.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
 
 
-def _progress(layout: str, done: int, total: int) -> Callable[[int], None]:
+def _progress(policy: str, done: int, total: int) -> Callable[[int], None]:
     def report(number: int) -> None:
         end = "\n" if done + number == total else ""
-        print(f"\r{done + number}/{total} {layout:16s}", end=end, file=sys.stderr, flush=True)
+        print(f"\r{done + number}/{total} {policy:32s}", end=end, file=sys.stderr, flush=True)
 
     return report
 
@@ -123,10 +124,11 @@ def _run_layout(
 
 
 def _run_case(policy: Any, case: Case, folder: Path, sequences: list[Any]) -> dict[str, Any]:
-    """Loss, gradients and metrics of one update that is not taken."""
+    """Loss, gradients, their norm and metrics of one update that is not taken."""
     from megatron_drpo.global_batch import iter_global_batches
     from megatron_drpo.losses.objective import build_objective
     from megatron_drpo.metrics.diagnostics import summarise
+    from megatron_drpo.policy.optimizer import compute_gradient_norm
     from tools.gradients import gather_gradients
 
     policy.config = build_config(case, folder)
@@ -140,7 +142,12 @@ def _run_case(policy: Any, case: Case, folder: Path, sequences: list[Any]) -> di
         # The policy has not been updated, so its own logprobs would make every ratio 1.
         micro_batches = [replace(m, old_logprobs_T=m.ref_logprobs_T) for m in micro_batches]
     loss, diagnostics, _ = policy.reduce(policy.forward_backward(micro_batches))
-    return {"loss": loss, "gradients": gather_gradients(policy), "metrics": summarise(diagnostics)}
+    return {
+        "loss": loss,
+        "norm": compute_gradient_norm(policy.optimizer),
+        "gradients": gather_gradients(policy),
+        "metrics": summarise(diagnostics),
+    }
 
 
 def compare(case: Case, found: dict[str, Any], expected: dict[str, Any], seconds: float) -> Outcome:
@@ -155,12 +162,14 @@ def compare(case: Case, found: dict[str, Any], expected: dict[str, Any], seconds
     metrics = {
         name: _metric_error(found["metrics"][name], value) for name, value in expected["metrics"].items()
     }
+    norm = math.hypot(*(float(gradient.norm()) for gradient in expected["gradients"].values()))
     worst_tensor, worst_metric = max(tensors, key=_of(tensors)), max(metrics, key=_of(metrics))
     return Outcome(
         case=case,
         figures={
             "loss": abs(found["loss"] - expected["loss"]) / expected["scale"],
             "gradient": tensors[worst_tensor],
+            "norm": abs(found["norm"] - norm) / norm,
             "metric": metrics[worst_metric],
         },
         worst_tensor=worst_tensor,
@@ -245,14 +254,16 @@ def summary_lines(outcomes: list[Outcome], command: str) -> list[str]:
     lines = [
         "Each cell: the worst figure of its cases in units of its limit (1 = at the limit).",
         f"Limits: loss {LIMITS['loss']:.0e} of mean |term|; each gradient tensor {LIMITS['gradient']:.0e} in "
-        f"relative norm; each metric {LIMITS['metric']:.0e} of max(1, |value|).",
+        f"relative norm; the global norm {LIMITS['norm']:.0e}; each metric {LIMITS['metric']:.0e} of "
+        f"max(1, |value|).",
         f"{len(cases)} cases: {len({c.row for c in cases})} objectives, {len({c.layout for c in cases})} "
-        f"layouts, {len({c.split for c in cases})} splits into micro-batches, "
+        f"layouts, {len({c.layers for c in cases})} kinds of layers, "
+        f"{len({c.split for c in cases})} splits into micro-batches, "
         f"{len({c.mode for c in cases})} modes of the logprob op; fp32 against float64.",
     ]
     for name in LIMITS:
         worst = _worst(outcomes, name)
-        what = {"loss": "", "gradient": f", {worst.worst_tensor}", "metric": f", {worst.worst_metric}"}[name]
+        what = {"gradient": f", {worst.worst_tensor}", "metric": f", {worst.worst_metric}"}.get(name, "")
         lines.append(
             f"Worst {name}: {worst.figures[name]:.1e} ({worst.case.row}; {worst.case.layout}{what})."
         )
@@ -309,7 +320,7 @@ def describe(outcome: Outcome) -> str:
     case = outcome.case
     figures = ", ".join(f"{name} {value:.1e}" for name, value in outcome.figures.items())
     return (
-        f"{case.row}; {case.layout}; {case.split} micro-batch(es); {case.mode}: {figures} "
+        f"{case.row}; {case.layout}; {case.layers}; {case.split} micro-batch(es); {case.mode}: {figures} "
         f"({outcome.worst_tensor}; {outcome.worst_metric})"
     )
 

@@ -16,7 +16,7 @@ from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import DrpoError
 from megatron_drpo.failure import load_failed_micro_batches
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.upstream_warnings import ignore_expected_warnings

@@ -16,15 +16,19 @@ BESIDE_THE_STEP = ("eval", "checkpoint")
 class StepTimer:
     """Splits the wall-clock time of one step among named phases.
 
-    Every moment belongs to exactly one phase: the innermost one open, or `other`. On a GPU a phase should
-    end in a read of its result, or the next phase pays for the kernels still queued.
+    Every moment belongs to exactly one phase: the innermost one open, or `other`.
 
     Args:
         clock: seconds from an arbitrary origin; replaced in tests.
+        wait: called where a phase begins or ends. On a GPU it waits for the kernels still queued, for which
+            the next phase would pay.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, wait: Callable[[], None] | None = None
+    ) -> None:
         self._clock = clock
+        self._wait = wait
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
         self._mark = clock()
@@ -58,6 +62,8 @@ class StepTimer:
         return metrics
 
     def _credit(self) -> None:
+        if self._wait is not None:
+            self._wait()
         now = self._clock()
         name = self._open[-1] if self._open else "other"
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark

@@ -1,8 +1,5 @@
 """What the machine is, and what Megatron-Core needs to run on it.
 
-`build_platform` is called once per process, before any Megatron module is used.
+`base.build_platform` is called once per process, before any Megatron module is used. This file imports
+nothing, because the package itself imports from this room when it is first imported.
 """
-
-from megatron_drpo.platform.base import Platform, build_platform
-
-__all__ = ["Platform", "build_platform"]

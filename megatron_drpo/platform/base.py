@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_drpo.config import PlatformName
+from megatron_drpo.config import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
 
 
@@ -21,7 +21,15 @@ class Platform(Protocol):
         """Make this process able to run Megatron-Core; returns the device it uses. Idempotent."""
         ...
 
-    def describe(self) -> list[tuple[str, str]]:
+    def require_layers(self, layers: Layers) -> None:
+        """Check that Megatron can build them here.
+
+        Raises:
+            PlatformError: it cannot; says what to install or to set.
+        """
+        ...
+
+    def describe(self, layers: Layers) -> list[tuple[str, str]]:
         """(what, which) lines for the start-up banner: versions and the implementations in use."""
         ...
 

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
-from megatron_drpo.config import PlatformName
+from megatron_drpo.config import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
+from megatron_drpo.platform.te_cpu import finder as te_cpu
 from megatron_drpo.platform.versions import installed_version, require, require_supported
 
 _PROVEN_MEGATRON = ">=0.16.1,<0.20"
@@ -27,7 +28,7 @@ _prepared = False
 
 
 class CpuPlatform:
-    """gloo between ranks, torch's own optimizer, our own norm and attention in the layer spec."""
+    """gloo between ranks, and a stand-in for Transformer Engine's layers and optimizer (`te_cpu`)."""
 
     name = PlatformName.cpu
     backend = "gloo"
@@ -53,13 +54,24 @@ class CpuPlatform:
             _prepared = True
         return torch.device("cpu")
 
-    def describe(self) -> list[tuple[str, str]]:
+    def require_layers(self, layers: Layers) -> None:
+        if layers is Layers.local or te_cpu.is_in_use():
+            return
+        raise PlatformError(
+            "policy.layers=transformer_engine on a CPU: Transformer Engine's stand-in is not in use. Either "
+            "Transformer Engine itself is installed, which needs a GPU: uninstall it here, or set "
+            "policy.layers=local. Or megatron.core was imported before megatron_drpo: import it afterwards"
+        )
+
+    def describe(self, layers: Layers) -> list[tuple[str, str]]:
         threads = torch.get_num_threads()
+        megatron = f"megatron-core {installed_version('megatron-core')}"
+        stands_in = "Transformer Engine's interface in plain torch"
         return [
             ("device", f"CPU, {os.cpu_count()} cores, {threads} thread(s) per rank, gloo"),
-            ("layers", f"megatron-core {installed_version('megatron-core')} local, torch SDPA attention"),
-            ("optimizer", "torch AdamW, distributed"),
-            ("gradient accumulation", "torch"),
+            ("layers", f"{megatron} {'local' if layers is Layers.local else f'with {stands_in}'}"),
+            ("optimizer", f"AdamW, distributed ({stands_in if te_cpu.is_in_use() else 'torch'})"),
+            ("gradient accumulation", "torch" if layers is Layers.local else "in the layers"),
         ]
 
 
@@ -244,14 +256,9 @@ def _replace_megatron_functions() -> None:
     """Names inside megatron.core itself."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
 
     # Imported by name from torch.cuda when megatron loads, possibly before prepare().
     setattr(megatron_random, "_lazy_call", torch.cuda._lazy_call)  # noqa: B010
-    # Undefined without Transformer Engine in 0.16.1, though the plain path reads it; later ones define it.
-    # https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/transformer/moe/moe_utils.py
-    if not hasattr(moe_utils, "te_general_gemm"):
-        setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
     _write_checkpoints_in_process(writer)
 
 

@@ -1,14 +1,23 @@
-"""NVIDIA GPUs: nothing is patched; Transformer Engine and apex are used where they are installed."""
+"""NVIDIA GPUs: nothing is patched. Transformer Engine is expected; apex is used where it is installed."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib.util import find_spec
 
 import torch
 
-from megatron_drpo.config import PlatformName
-from megatron_drpo.platform.versions import installed_version, require_supported
+from megatron_drpo.config import Layers, PlatformName
+from megatron_drpo.errors import PlatformError
+from megatron_drpo.platform.versions import (
+    installed_version,
+    require,
+    require_supported,
+    transformer_engine_bounds,
+)
+
+_WITHOUT = "or set policy.layers=local, which is far slower"
 
 
 class CudaPlatform:
@@ -24,20 +33,38 @@ class CudaPlatform:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 
-    def describe(self) -> list[tuple[str, str]]:
+    def require_layers(self, layers: Layers) -> None:
+        if layers is Layers.local:
+            return
+        bounds = transformer_engine_bounds()
+        megatron = f"megatron-core {installed_version('megatron-core')}"
+        reason = f"policy.layers=transformer_engine with {megatron}; install megatron-drpo[te], {_WITHOUT}"
+        require("transformer-engine", bounds, reason)
+        try:
+            # Not only found: one that was built for another torch fails here, where it can be told.
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:
+            found = f"Transformer Engine {installed_version('transformer-engine')}"
+            raise PlatformError(
+                f"{found} is installed and cannot be imported with torch {torch.__version__} "
+                f"({type(error).__name__}: {error}): build it anew for this torch (pip install "
+                f"--force-reinstall --no-build-isolation transformer-engine-torch), {_WITHOUT}"
+            ) from error
+
+    def describe(self, layers: Layers) -> list[tuple[str, str]]:
         te = installed_version("transformer-engine")
         fused = "Transformer Engine" if te else ("NVIDIA apex" if has_apex() else "torch AdamW")
+        is_local = layers is Layers.local
+        is_fused = not is_local or has_apex_weight_gradients()
         return [
             ("device", f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}, NCCL"),
-            ("layers", f"Transformer Engine {te}" if te else "megatron-core local, torch SDPA attention"),
+            (
+                "layers",
+                "megatron-core local, torch SDPA attention" if is_local else f"Transformer Engine {te}",
+            ),
             ("optimizer", f"{fused}, distributed"),
-            ("gradient accumulation", "fused" if has_fused_gradient_accumulation() else "torch"),
+            ("gradient accumulation", "fused" if is_fused else "torch"),
         ]
-
-
-def has_transformer_engine() -> bool:
-    """Transformer Engine can be imported."""
-    return find_spec("transformer_engine") is not None
 
 
 def has_apex() -> bool:
@@ -45,6 +72,6 @@ def has_apex() -> bool:
     return find_spec("apex") is not None and find_spec("apex.optimizers") is not None
 
 
-def has_fused_gradient_accumulation() -> bool:
-    """Weight gradients can be accumulated into fp32 main_grad inside the GEMM (TE, or apex's extension)."""
-    return has_transformer_engine() or find_spec("fused_weight_gradient_mlp_cuda") is not None
+def has_apex_weight_gradients() -> bool:
+    """apex's extension is there, by which Megatron's own layers add weight gradients to fp32 main_grad."""
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_drpo.errors import PlatformError
 
+OLDEST_TRANSFORMER_ENGINE = ">=2.9"
+"""megatron-core 0.16.1's own lower bound."""
 SUPPORTED = {"megatron-core": ">=0.16.1,<0.20", "torch": ">=2.6"}
 
 
@@ -33,6 +36,18 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def transformer_engine_bounds() -> str:
+    """The versions of Transformer Engine that the installed megatron-core asks for in any of its extras.
+
+    ">=2.9" where it sets none.
+    """
+    requirements = map(Requirement, requires("megatron-core") or [])
+    for requirement in requirements:
+        if requirement.name == "transformer-engine" and requirement.specifier:
+            return str(requirement.specifier)
+    return OLDEST_TRANSFORMER_ENGINE
 
 
 def require_supported() -> None:

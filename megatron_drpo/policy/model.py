@@ -17,12 +17,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_drpo.config import Config, Dtype, PlatformName, Recompute
+from megatron_drpo.config import Config, Dtype, Layers, PlatformName, Recompute
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.platform import Platform
-from megatron_drpo.platform.cuda import has_fused_gradient_accumulation, has_transformer_engine
+from megatron_drpo.platform.base import Platform
+from megatron_drpo.platform.cuda import has_apex_weight_gradients
 from megatron_drpo.policy.layers import PackedAttention, RMSNorm
+from megatron_drpo.policy.te_repairs import mark_expert_weights, output_layer_without_apex
 
 _REFUSALS = (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What TransformerConfig raises for values that do not go together."""
@@ -52,11 +53,14 @@ def build_transformer_config(
 
     Raises:
         ConfigError: Megatron refuses a combination of values.
+        PlatformError: this machine lacks what policy.layers needs.
     """
     parallel = config.parallel
     interleaved = parallel.virtual_pipeline_parallel_size > 1
     dtype = _DTYPES[config.policy.dtype]
-    on_cpu = platform.name is PlatformName.cpu
+    platform.require_layers(config.policy.layers)
+    use_te = config.policy.layers is Layers.transformer_engine
+    on_gpu = platform.name is PlatformName.cuda
     contextual = parallel.context_parallel_size > 1
     values: dict[str, Any] = dict(
         **architecture.transformer_config_fields(),
@@ -72,7 +76,8 @@ def build_transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.policy.dtype is Dtype.bf16,
-        use_cpu_initialization=on_cpu,
+        use_cpu_initialization=not on_gpu,
+        transformer_impl=config.policy.layers.value,
         # Micro-batches are packed, so their lengths differ.
         variable_seq_lengths=True,
         # The default p2p of the interleaved schedule exchanges wrong tensors silently when lengths vary.
@@ -85,14 +90,11 @@ def build_transformer_config(
         moe_token_dispatcher_type="alltoall",
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_grouped_gemm=not on_cpu and has_transformer_engine(),
-        gradient_accumulation_fusion=not on_cpu and has_fused_gradient_accumulation(),
-        bias_activation_fusion=not on_cpu,
-        bias_dropout_fusion=not on_cpu,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=not on_cpu and has_transformer_engine(),
         attention_backend=AttnBackend.auto,
-        **_recompute_fields(config.policy.recompute),
+        **_fusion_fields(use_te=use_te, on_gpu=on_gpu),
+        **_recompute_fields(
+            config.policy.recompute, has_grouped_experts=use_te and architecture.moe is not None
+        ),
     )
     values.update(config.policy.megatron_overrides)
     try:
@@ -101,9 +103,28 @@ def build_transformer_config(
         raise ConfigError(f"Megatron refuses this configuration: {error}") from error
 
 
-def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
+def _fusion_fields(*, use_te: bool, on_gpu: bool) -> dict[str, bool]:
+    """What is computed in one kernel: with Transformer Engine's layers the same on every platform."""
+    return {
+        "moe_grouped_gemm": use_te,
+        "gradient_accumulation_fusion": use_te or (on_gpu and has_apex_weight_gradients()),
+        "bias_activation_fusion": use_te or on_gpu,
+        "bias_dropout_fusion": use_te or on_gpu,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": use_te,
+        # Unfused, a token's experts are added in bf16 and in random order on GPUs.
+        "moe_permute_fusion": use_te,
+        # The replay of routes goes through the unfused router, and both must break ties alike.
+        "moe_router_fusion": False,
+    }
+
+
+def _recompute_fields(recompute: Recompute, *, has_grouped_experts: bool) -> dict[str, Any]:
     if recompute is Recompute.full:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute is Recompute.selective and has_grouped_experts:
+        # Fused attention keeps no scores; the experts' activations are what is large, K of them for a token.
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]}
     if recompute is Recompute.selective:
         return {"recompute_granularity": "selective"}
     return {}
@@ -151,27 +172,29 @@ def build_model_chunks(
     config: TransformerConfig, architecture: ArchitectureConfig, platform: Platform, device: torch.device
 ) -> list[PolicyModel]:
     """This rank's part of the model, one chunk per virtual pipeline stage, weights not yet loaded."""
-    use_te = platform.name is PlatformName.cuda and has_transformer_engine()
+    use_te = config.transformer_impl == Layers.transformer_engine
     model_parallel_cuda_manual_seed(0)  # weights are loaded afterwards; Megatron wants its RNG tracker seeded
     virtual = config.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if virtual is None else list(range(virtual))
     chunks = []
     for vp_stage in stages:
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
-        chunk = PolicyModel(
-            config,
-            cast(Any, build_block_spec(config, use_transformer_engine=use_te, vp_stage=vp_stage)),
-            vocab_size=padded_vocabulary_size(architecture.vocab_size, config.tensor_model_parallel_size),
-            max_sequence_length=architecture.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(**where),
-            post_process=parallel_state.is_pipeline_last_stage(**where),
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_base=cast(int, architecture.rope_theta),  # annotated int upstream, used as a float
-            rope_scaling=architecture.rope_scaling_factor is not None,
-            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
-            vp_stage=vp_stage,
-        )
+        with output_layer_without_apex():
+            chunk = PolicyModel(
+                config,
+                cast(Any, build_block_spec(config, use_transformer_engine=use_te, vp_stage=vp_stage)),
+                vocab_size=padded_vocabulary_size(architecture.vocab_size, config.tensor_model_parallel_size),
+                max_sequence_length=architecture.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="rope",
+                rotary_base=cast(int, architecture.rope_theta),  # annotated int upstream, used as a float
+                rope_scaling=architecture.rope_scaling_factor is not None,
+                rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+                vp_stage=vp_stage,
+            )
+        mark_expert_weights(chunk)
         chunks.append(chunk.to(device))
     return chunks
 

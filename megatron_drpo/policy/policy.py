@@ -23,7 +23,7 @@ from megatron_drpo.models.load import load_hf_weights
 from megatron_drpo.models.load_megatron import load_megatron_weights
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.platform import Platform
+from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.faulty_tokens import leave_out_faulty
 from megatron_drpo.policy.forward import (
     ForwardObserver,
@@ -236,8 +236,7 @@ class Policy:
         # One all-gather, for sums and maxima alike.
         routing = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
         if self._settings.replay is not None:
-            mine = self._settings.replay.take_agreement()
-            routing += torch.tensor([mine.num_choices, mine.num_equal], device=routing.device)
+            routing += self._settings.replay.take_agreement(routing.device)
         values = torch.cat([loss, routing, totals.sums.flatten(), totals.maxima.flatten()])
         gathered = [torch.empty_like(values) for _ in range(self.parallel.world_size)]
         dist.all_gather(gathered, values)

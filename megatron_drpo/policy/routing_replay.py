@@ -51,10 +51,27 @@ class Agreement:
     """Of them, where the router's own experts are the replayed ones, in any order."""
 
 
+class AgreementCounter:
+    """Agreement of all routers of a rank, counted where they compute: to read it there would make the host
+    wait for the device in every layer."""
+
+    def __init__(self) -> None:
+        self._counts_2: torch.Tensor | None = None
+
+    def add(self, replayed_T: Bool[torch.Tensor, " T"], equal_T: Bool[torch.Tensor, " T"]) -> None:
+        counts_2 = torch.stack([replayed_T.sum(), equal_T.sum()])
+        self._counts_2 = counts_2 if self._counts_2 is None else self._counts_2 + counts_2
+
+    def take(self, device: torch.device) -> Int[torch.Tensor, 2]:
+        """(choices, equal ones) since they were taken last, int64; the host does not wait."""
+        taken_2, self._counts_2 = self._counts_2, None
+        return torch.zeros(2, dtype=torch.int64, device=device) if taken_2 is None else taken_2
+
+
 class RouterReplay:
     """What one router is told; has the method of Megatron's class of this name."""
 
-    def __init__(self, layer: int, agreement: Agreement) -> None:
+    def __init__(self, layer: int, agreement: AgreementCounter) -> None:
         """
         Args:
             layer: index among the model's mixture-of-experts layers.
@@ -146,8 +163,7 @@ class RouterReplay:
     ) -> Int[torch.Tensor, "T K"]:
         target_TK = target_TK.to(own_TK.dtype)
         equal_T = (own_TK.sort(1).values == target_TK.sort(1).values).all(1) & replays_T
-        self._agreement.num_choices += int(replays_T.sum())
-        self._agreement.num_equal += int(equal_T.sum())
+        self._agreement.add(replays_T, equal_T)
         return torch.where(replays_T[:, None], target_TK, own_TK)
 
 
@@ -176,7 +192,7 @@ class RoutingReplay:
             is_moe_layer: of each layer of the whole model.
             tensor_rank, tensor_size: sequence parallelism's cut of the tokens; 0 and 1 without it.
         """
-        self.agreement = Agreement()
+        self._agreement = AgreementCounter()
         self._tensor_rank = tensor_rank
         self._tensor_size = tensor_size
         self._routers: dict[int, list[RouterReplay]] = {}
@@ -187,7 +203,7 @@ class RoutingReplay:
             for module in unwrap(chunk).modules():
                 if isinstance(module, TopKRouter):
                     assert module.layer_number is not None
-                    replay = RouterReplay(moe_index[module.layer_number - 1], self.agreement)
+                    replay = RouterReplay(moe_index[module.layer_number - 1], self._agreement)
                     module.router_replay = replay  # type: ignore[assignment]  the same method
                     replays.append(replay)
 
@@ -224,11 +240,9 @@ class RoutingReplay:
             for router in routers:
                 router.clear()
 
-    def take_agreement(self) -> Agreement:
-        """Since it was taken last, on this rank."""
-        taken = Agreement(self.agreement.num_choices, self.agreement.num_equal)
-        self.agreement.num_choices = self.agreement.num_equal = 0
-        return taken
+    def take_agreement(self, device: torch.device) -> Int[torch.Tensor, 2]:
+        """See AgreementCounter.take; of this rank."""
+        return self._agreement.take(device)
 
     def _target(self, micro_batch: MicroBatch, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """One layer's routes of this rank's tokens; sequence parallelism cuts them into equal parts."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_drpo.config import Config, Placement, PlatformName, RolloutConfig, RolloutEngineName
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.rollout.fleet import Fleet
 from megatron_drpo.rollout.server_process import ServedModel, StartServer, start_embedded, start_sglang
 

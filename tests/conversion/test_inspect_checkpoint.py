@@ -67,7 +67,7 @@ def save_with_megatron(target: Path) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from megatron_drpo.config import ParallelConfig, PlatformName
-    from megatron_drpo.platform import build_platform
+    from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
 
     initialise_parallel(ParallelConfig(), "gloo", build_platform(PlatformName.cpu).prepare(0))

@@ -262,7 +262,7 @@ def save_training_checkpoint(source: Path, target: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_drpo.config import Config, DataConfig, Dtype, PlatformName, PolicyConfig
-    from megatron_drpo.platform import build_platform
+    from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_drpo.config import CheckpointConfig, ParallelConfig, PlatformName
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 
 NUM_VALUES = 2**18
 """Of each of a rank's two tensors: a megabyte."""

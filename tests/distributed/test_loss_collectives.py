@@ -21,7 +21,7 @@ from megatron_drpo.config import (
     PolicyConfig,
 )
 from megatron_drpo.global_batch import iter_global_batches
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.forward import TrainForward
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy

@@ -25,7 +25,7 @@ from megatron_drpo.errors import NumericsError
 from megatron_drpo.failure import load_failed_micro_batches, save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy

@@ -20,13 +20,14 @@ from megatron_drpo.config import (
     Config,
     DataConfig,
     Dtype,
+    Layers,
     OptimizerConfig,
     ParallelConfig,
     PlatformName,
     PolicyConfig,
     TrainConfig,
 )
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.types import TrainSequence
 
 SINGLE = ParallelConfig()
@@ -50,7 +51,7 @@ class Continued:
     """Digest of every HF tensor afterwards; on global rank 0."""
 
 
-def build_policy(model: Path, parallel: ParallelConfig) -> Any:
+def build_policy(model: Path, parallel: ParallelConfig, layers: Layers) -> Any:
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy
 
@@ -59,7 +60,9 @@ def build_policy(model: Path, parallel: ParallelConfig) -> Any:
     config = Config(
         data=DataConfig(train_path="unused"),
         train=TrainConfig(num_steps=STEPS_BEFORE + STEPS_AFTER),
-        policy=PolicyConfig(model_path=str(model), dtype=Dtype.fp32, max_tokens_per_micro_batch=60),
+        policy=PolicyConfig(
+            model_path=str(model), dtype=Dtype.fp32, layers=layers, max_tokens_per_micro_batch=60
+        ),
         # A large rate and second moments that still warm up: a wrong `step` of AdamW shows at once.
         optimizer=OptimizerConfig(lr=3e-3, num_warmup_updates=3, beta2=0.9),
         parallel=parallel,
@@ -100,21 +103,25 @@ def update(policy: Any, steps: range) -> Continued:
     return Continued([result.loss for result in results], [result.grad_norm for result in results], weights)
 
 
-def train_save_continue(model: Path, parallel: ParallelConfig, run_dir: str) -> Continued:
+def train_save_continue(
+    model: Path, parallel: ParallelConfig, run_dir: str, layers: Layers = Layers.transformer_engine
+) -> Continued:
     """One rank: some updates, a checkpoint, and more updates, without interruption."""
     from megatron_drpo.checkpoint import Checkpointer, RunState
 
-    policy = build_policy(model, parallel)
+    policy = build_policy(model, parallel, layers)
     update(policy, range(STEPS_BEFORE))
     Checkpointer(run_dir, CheckpointConfig()).save(policy, RunState(step=STEPS_BEFORE))
     return update(policy, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
 
 
-def load_continue(model: Path, parallel: ParallelConfig, run_dir: str) -> Continued:
+def load_continue(
+    model: Path, parallel: ParallelConfig, run_dir: str, layers: Layers = Layers.transformer_engine
+) -> Continued:
     """One rank: a new policy, the checkpoint, and the same further updates."""
     from megatron_drpo.checkpoint import Checkpointer
 
-    policy = build_policy(model, parallel)
+    policy = build_policy(model, parallel, layers)
     checkpointer = Checkpointer(run_dir, CheckpointConfig())
     path = checkpointer.find()
     assert path is not None
@@ -129,6 +136,16 @@ def two_ranks(model: Path, run_dir: str) -> list[Continued]:
         load_continue(model, EP2, run_dir),
         load_continue(model, TP2, run_dir),
         load_continue(model, CP2, run_dir),
+    ]
+
+
+def two_ranks_of_both_layers(model: Path, run_dir: str) -> list[Continued]:
+    local_dir, te_dir = f"{run_dir}/local", f"{run_dir}/te"
+    return [
+        train_save_continue(model, EP2, te_dir),
+        load_continue(model, TP2, te_dir, Layers.local),
+        train_save_continue(model, TP2, local_dir, Layers.local),
+        load_continue(model, EP2, local_dir),
     ]
 
 
@@ -185,6 +202,19 @@ def test_resume_of_context_ranks(
     assert min(abs(loss) for loss in undisturbed.losses) > 0.01
     assert same == undisturbed, "bit for bit"
     check_close(ep2, undisturbed)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_resume_under_the_other_kind_of_layers(
+    run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Transformer Engine's layers have grouped experts and an optimizer that counts steps per group."""
+    results = run_distributed(two_ranks_of_both_layers, 2, hf_model("moe_mixed"), str(tmp_path))[0]
+    undisturbed, local, undisturbed_local, te = results
+    assert min(abs(loss) for loss in undisturbed.losses) > 0.01
+    check_close(local, undisturbed)
+    check_close(te, undisturbed_local)
 
 
 # ----------------------------------------------------------------------------- the servers' weights

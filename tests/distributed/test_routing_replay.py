@@ -27,7 +27,7 @@ from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.losses.objective import Objective
 from megatron_drpo.losses.sft import SftLoss
 from megatron_drpo.packing import unpack
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy

@@ -29,7 +29,7 @@ from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.packing import pack
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.types import MicroBatch, TrainSequence
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(400)]

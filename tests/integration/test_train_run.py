@@ -17,7 +17,7 @@ from megatron_drpo.config import Config, ParallelConfig
 from megatron_drpo.config_io import load_config
 from megatron_drpo.data.tokenizer import load_tokenizer
 from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.platform import Platform
+from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
 

@@ -18,7 +18,7 @@ from megatron_drpo.errors import CheckpointError, NumericsError
 from megatron_drpo.failure import failure_folder, load_failed_micro_batches, save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.platform import Platform
+from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import MicroBatch, TrainSequence

@@ -24,7 +24,7 @@ from megatron_drpo.config import (
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.losses.objective import Objective
 from megatron_drpo.losses.surrogate import SurrogateLoss
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import MicroBatch, TrainSequence

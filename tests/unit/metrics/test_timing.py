@@ -101,6 +101,24 @@ def test_finish_starts_the_next_step(clock: Clock, timer: StepTimer) -> None:
     assert timer.finish() == {"time/other_s": 2, "time/step_s": 2, "time/overhead_share": 1.0}
 
 
+def test_a_phase_pays_for_what_it_has_queued() -> None:
+    """Kernels run on after they are launched; the phase ends when they do."""
+    clock = Clock()
+    queued = [0.0]
+
+    def wait() -> None:
+        clock.now += queued[0]
+        queued[0] = 0.0
+
+    timer = StepTimer(clock, wait)
+    with timer.phase("forward_backward"):
+        queued[0] = 5.0
+    with timer.phase("optimizer"):
+        clock.now += 1
+    metrics = timer.finish()
+    assert (metrics["time/forward_backward_s"], metrics["time/optimizer_s"]) == (5, 1)
+
+
 def test_empty_step_has_no_overhead(timer: StepTimer) -> None:
     assert timer.finish() == {"time/other_s": 0, "time/step_s": 0, "time/overhead_share": 0.0}
 

@@ -19,7 +19,7 @@ from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 
 TP2 = ParallelConfig(tensor_parallel_size=2, sequence_parallel=True)
 DP2 = ParallelConfig(data_parallel_size=2)

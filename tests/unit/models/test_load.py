@@ -20,7 +20,7 @@ from megatron_drpo.config import Config, DataConfig, Dtype, ParallelConfig, Plat
 from megatron_drpo.errors import ModelError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 
 MODELS = [
     "dense",

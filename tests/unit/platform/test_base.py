@@ -7,7 +7,7 @@ import torch
 
 from megatron_drpo.config import PlatformName
 from megatron_drpo.errors import PlatformError
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 
 
 @pytest.mark.parametrize(

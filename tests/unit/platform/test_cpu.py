@@ -20,9 +20,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.jit import jit_fuser
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_drpo.config import PlatformName
+from megatron_drpo.config import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
-from megatron_drpo.platform import Platform, build_platform, cpu, versions
+from megatron_drpo.platform import cpu, versions
+from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.platform.cpu import CpuPlatform
 from megatron_drpo.policy.parallel import ParallelState
 
@@ -40,7 +41,6 @@ def _what_fails_unprepared() -> dict[str, str]:
         "set_device": lambda: torch.cuda.set_device(0),
         "get_rng_state": torch.cuda.get_rng_state,
         "Tensor.cuda": lambda: torch.ones(1).cuda(),
-        "te_general_gemm": lambda: moe_utils.te_general_gemm,
         **{
             name: lambda name=name, args=args: getattr(torch, name)(*args, device="cuda")
             for name, args in FACTORY_ARGUMENTS.items()
@@ -84,9 +84,7 @@ FACTORY_VALUES = {
 def test_each_replacement_is_needed(run_distributed: Callable[..., list[Any]]) -> None:
     (failures,) = run_distributed(_what_fails_unprepared, 1)
     assert failures.pop("Tensor.type") == "torch.FloatTensor"
-    megatron = versions.installed_version("megatron-core") or ""
-    later = set() if megatron.startswith("0.16.") else {"te_general_gemm"}
-    assert {name for name, how in failures.items() if how == "works"} == later, failures
+    assert not {name for name, how in failures.items() if how == "works"}, failures
 
 
 def test_prepare_again_changes_nothing(cpu_platform: Platform) -> None:
@@ -116,12 +114,23 @@ def test_a_visible_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuPlatform().prepare(0)
 
 
-def test_the_banner_names_the_implementations(cpu_platform: Platform) -> None:
-    lines = dict(cpu_platform.describe())
+@pytest.mark.parametrize(
+    ("layers", "implementation", "accumulation"),
+    [
+        (Layers.transformer_engine, " with Transformer Engine's interface in plain torch", "in the layers"),
+        (Layers.local, " local", "torch"),
+    ],
+)
+def test_the_banner_names_the_implementations(
+    cpu_platform: Platform, layers: Layers, implementation: str, accumulation: str
+) -> None:
+    lines = dict(cpu_platform.describe(layers))
     assert lines["device"].startswith("CPU, ")
     assert lines["device"].endswith(f"{torch.get_num_threads()} thread(s) per rank, gloo")
     assert lines["layers"].startswith("megatron-core 0.")
-    assert lines["optimizer"] == "torch AdamW, distributed"
+    assert lines["layers"].endswith(implementation)
+    assert lines["optimizer"] == "AdamW, distributed (Transformer Engine's interface in plain torch)"
+    assert lines["gradient accumulation"] == accumulation
 
 
 # --------------------------------------------------------------------------------------- torch.cuda
@@ -282,12 +291,8 @@ def test_all_to_all_takes_splits_as_tensors(run_distributed: Callable[..., list[
 # -------------------------------------------------------------------------------------------- Megatron
 
 
-def test_general_gemm_of_transformer_engine_is_defined(cpu_platform: Platform) -> None:
-    assert moe_utils.te_general_gemm is None
-
-
-def test_the_router_works_without_transformer_engine(cpu_platform: Platform) -> None:
-    """The plain path that reads the undefined name; fp32 products of lower-precision inputs."""
+def test_the_router_multiplies_in_fp32(cpu_platform: Platform) -> None:
+    """Inputs of lower precision, by Transformer Engine's product or its stand-in."""
     tokens, weight = torch.randn(5, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     logits = moe_utils.router_gating_linear(tokens, weight, None, torch.float32)
     torch.testing.assert_close(logits.double(), tokens.double() @ weight.double().T, rtol=1e-5, atol=1e-5)

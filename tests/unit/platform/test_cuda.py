@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_drpo.platform import cuda
-from megatron_drpo.platform.cuda import CudaPlatform, has_apex, has_fused_gradient_accumulation
+from megatron_drpo.config import Layers
+from megatron_drpo.errors import PlatformError
+from megatron_drpo.platform import cuda, versions
+from megatron_drpo.platform.cuda import CudaPlatform, has_apex
 
 
 @pytest.fixture
@@ -27,6 +29,12 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, modules: set[str]) -> Non
     monkeypatch.setattr(cuda, "find_spec", {name: ModuleSpec(name, None) for name in modules}.get)
 
 
+def pretend_transformer_engine(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    packages = {"transformer-engine": version, "megatron-core": "0.16.1", "torch": torch.__version__}
+    for module in (cuda, versions):
+        monkeypatch.setattr(module, "installed_version", packages.get)
+
+
 def test_the_other_project_named_apex_is_not_taken_for_nvidias(packages: Path) -> None:
     assert not has_apex()
     (packages / "apex").mkdir()
@@ -38,59 +46,113 @@ def test_the_other_project_named_apex_is_not_taken_for_nvidias(packages: Path) -
 
 
 @pytest.mark.parametrize(
-    ("installed", "expected"),
+    ("installed", "version", "chosen", "layers", "optimizer", "accumulation"),
     [
-        (set(), False),
-        ({"apex", "apex.optimizers"}, False),
-        ({"fused_weight_gradient_mlp_cuda"}, True),
-        ({"transformer_engine"}, True),
-    ],
-)
-def test_fused_gradient_accumulation(
-    monkeypatch: pytest.MonkeyPatch, installed: set[str], expected: bool
-) -> None:
-    pretend_installed(monkeypatch, installed)
-    assert has_fused_gradient_accumulation() is expected
-
-
-@pytest.mark.parametrize(
-    ("installed", "te_version", "layers", "optimizer", "accumulation"),
-    [
-        (set(), None, "megatron-core local, torch SDPA attention", "torch AdamW, distributed", "torch"),
+        (
+            set(),
+            None,
+            Layers.local,
+            "megatron-core local, torch SDPA attention",
+            "torch AdamW, distributed",
+            "torch",
+        ),
         (
             {"apex", "apex.optimizers", "fused_weight_gradient_mlp_cuda"},
             None,
+            Layers.local,
             "megatron-core local, torch SDPA attention",
             "NVIDIA apex, distributed",
             "fused",
         ),
         (
             {"transformer_engine"},
-            "2.3.0",
-            "Transformer Engine 2.3.0",
+            "2.11.0",
+            Layers.transformer_engine,
+            "Transformer Engine 2.11.0",
             "Transformer Engine, distributed",
             "fused",
+        ),
+        (
+            {"transformer_engine"},
+            "2.11.0",
+            Layers.local,
+            "megatron-core local, torch SDPA attention",
+            "Transformer Engine, distributed",
+            "torch",
         ),
     ],
 )
 def test_the_banner_says_what_is_in_use(
     monkeypatch: pytest.MonkeyPatch,
     installed: set[str],
-    te_version: str | None,
+    version: str | None,
+    chosen: Layers,
     layers: str,
     optimizer: str,
     accumulation: str,
 ) -> None:
     pretend_installed(monkeypatch, installed)
-    monkeypatch.setattr(cuda, "installed_version", {"transformer-engine": te_version}.get)
+    pretend_transformer_engine(monkeypatch, version)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert CudaPlatform().describe() == [
+    assert CudaPlatform().describe(chosen) == [
         ("device", "H200 x 8, NCCL"),
         ("layers", layers),
         ("optimizer", optimizer),
         ("gradient accumulation", accumulation),
     ]
+
+
+def test_missing_layers_are_an_error_that_says_how_to_go_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once Megatron's own layers were taken in silence, with experts one by one."""
+    pretend_transformer_engine(monkeypatch, None)
+    CudaPlatform().require_layers(Layers.local)
+    with pytest.raises(PlatformError, match=r"transformer-engine is not installed.*policy.layers=local"):
+        CudaPlatform().require_layers(Layers.transformer_engine)
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.13.0", "1.13"])
+def test_a_version_outside_megatrons_own_bounds_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    pretend_transformer_engine(monkeypatch, version)
+    requirements = ["torch", 'transformer-engine[pytorch]<2.12.0,>=2.9.0a0; extra == "dev"']
+    monkeypatch.setattr(versions, "requires", {"megatron-core": requirements}.get)
+    with pytest.raises(
+        PlatformError, match=rf"transformer-engine {version} is installed, outside the range <2"
+    ):
+        CudaPlatform().require_layers(Layers.transformer_engine)
+
+
+def test_one_that_was_built_for_another_torch_is_told(
+    monkeypatch: pytest.MonkeyPatch, packages: Path
+) -> None:
+    """It can be found, and its import fails. (The real one: NameError or an undefined symbol.)"""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "transformer_engine":
+            monkeypatch.delitem(sys.modules, name)
+    (packages / "transformer_engine").mkdir()
+    (packages / "transformer_engine" / "__init__.py").write_text("")
+    (packages / "transformer_engine" / "pytorch.py").write_text("raise NameError('_C is not defined')")
+    pretend_transformer_engine(monkeypatch, "2.11.0")
+    with pytest.raises(PlatformError, match=r"cannot be imported with torch .*NameError: _C is not .*=local"):
+        CudaPlatform().require_layers(Layers.transformer_engine)
+
+
+@pytest.mark.parametrize(
+    ("requirements", "bounds"),
+    [
+        (['transformer-engine[core_cu13,pytorch]<2.12.0,>=2.9.0a0; extra == "dev"'], "<2.12.0,>=2.9.0a0"),
+        (['transformer-engine[pytorch]; extra == "te"'], ">=2.9"),
+        (["torch", "transformers"], ">=2.9"),
+        (None, ">=2.9"),
+    ],
+)
+def test_bounds_are_megatrons_own(
+    monkeypatch: pytest.MonkeyPatch, requirements: list[str] | None, bounds: str
+) -> None:
+    monkeypatch.setattr(versions, "requires", {"megatron-core": requirements}.get)
+    assert versions.transformer_engine_bounds() == bounds
 
 
 def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:

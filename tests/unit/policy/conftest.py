@@ -19,12 +19,16 @@ from megatron_drpo.config import (
     PolicyConfig,
     RolloutConfig,
 )
+from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.platform import Platform
+from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.models.registry import get_family
+from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.types import MicroBatch, TrainSequence
 
 if TYPE_CHECKING:
+    from megatron_drpo.policy.model import PolicyModel
     from megatron_drpo.policy.policy import Policy, UpdateResult
 
 
@@ -42,6 +46,40 @@ def policy_config(hf_model: Callable[[str], Path]) -> Callable[..., Config]:
         )
 
     return config
+
+
+@pytest.fixture
+def architecture(hf_model: Callable[[str], Path]) -> Callable[[str], ArchitectureConfig]:
+    """`architecture(model)`: what its config.json says."""
+
+    def read(name: str) -> ArchitectureConfig:
+        folder = HfFolder(hf_model(name))
+        return get_family(folder.config).architecture(folder.config)
+
+    return read
+
+
+@pytest.fixture
+def build_model(
+    cpu_platform: Platform,
+    one_rank: ParallelState,
+    hf_model: Callable[[str], Path],
+    architecture: Callable[[str], ArchitectureConfig],
+    policy_config: Callable[..., Config],
+) -> Callable[..., PolicyModel]:
+    """`build_model(name, **policy_fields)`: the bare model of one rank, weights loaded."""
+    from megatron_drpo.models.load import load_hf_weights
+    from megatron_drpo.policy.model import build_model_chunks, build_transformer_config
+
+    def build(name: str, **fields: Any) -> PolicyModel:
+        described = architecture(name)
+        config = build_transformer_config(policy_config(name, **fields), described, cpu_platform)
+        (model,) = build_model_chunks(config, described, cpu_platform, one_rank.device)
+        folder = HfFolder(hf_model(name))
+        load_hf_weights([model], folder, get_family(folder.config).mapping(described))
+        return model
+
+    return build
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_drpo.config import PlatformName
 from megatron_drpo.context_parallel import local_positions
-from megatron_drpo.platform import Platform, build_platform
+from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.layers import PackedAttention, RMSNorm
 
 

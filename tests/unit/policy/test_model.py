@@ -5,32 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_drpo.config import Config, Dtype, ParallelConfig, Recompute
+from megatron_drpo.config import Config, Dtype, Layers, ParallelConfig, Recompute
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.export import HfExporter
-from megatron_drpo.models.load import load_hf_weights
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.packing import pack
-from megatron_drpo.platform import Platform
+from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.forward import run_model
 from megatron_drpo.policy.model import (
     PolicyModel,
-    build_model_chunks,
     build_transformer_config,
     padded_vocabulary_size,
     unwrap,
     wrap_data_parallel,
 )
-from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.types import TrainSequence
 
 MODELS = [
@@ -81,36 +77,7 @@ def stacked(shapes: Shapes) -> Shapes:
     return {f"decoder.layers.{name}": (L, *shape) for name, shape in shapes.items()}
 
 
-@pytest.fixture
-def architecture(hf_model: Callable[[str], Path]) -> Callable[[str], ArchitectureConfig]:
-    def read(name: str) -> ArchitectureConfig:
-        folder = HfFolder(hf_model(name))
-        return get_family(folder.config).architecture(folder.config)
-
-    return read
-
-
-@pytest.fixture
-def build_model(
-    cpu_platform: Platform,
-    one_rank: ParallelState,
-    hf_model: Callable[[str], Path],
-    architecture: Callable[[str], ArchitectureConfig],
-    policy_config: Callable[..., Config],
-) -> Callable[..., PolicyModel]:
-    """`build_model(name, **policy_fields)`: the bare model of one rank, weights loaded."""
-
-    def build(name: str, **fields: Any) -> PolicyModel:
-        described = architecture(name)
-        config = build_transformer_config(policy_config(name, **fields), described, cpu_platform)
-        (model,) = build_model_chunks(config, described, cpu_platform, one_rank.device)
-        folder = HfFolder(hf_model(name))
-        load_hf_weights([model], folder, get_family(folder.config).mapping(described))
-        return model
-
-    return build
-
-
+@pytest.mark.parametrize("layers", Layers)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_of_packed_sequences(
@@ -118,11 +85,12 @@ def test_logits_of_packed_sequences(
     hf_model: Callable[[str], Path],
     make_sequences: Callable[..., list[TrainSequence]],
     name: str,
+    layers: Layers,
 ) -> None:
     """Each sequence as if it were alone, whatever is packed beside it; padding changes nothing."""
     sequences = make_sequences(LENGTHS)
     micro_batch = pack(sequences, [s.advantages for s in sequences], pad_to_multiple=16)
-    model = build_model(name).eval()
+    model = build_model(name, layers=layers).eval()
     hidden = run_model(micro_batch, model)
     assert hidden.shape == (micro_batch.num_tokens, 1, H)
     logits = (hidden[:, 0] @ model.output_weight().T)[: sum(LENGTHS)]
@@ -135,23 +103,57 @@ def test_logits_of_packed_sequences(
     torch.testing.assert_close(logits[:, :101], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_both_kinds_of_layers_give_the_same_logits(
+    build_model: Callable[..., PolicyModel], make_sequences: Callable[..., list[TrainSequence]], name: str
+) -> None:
+    sequences = make_sequences(LENGTHS)
+    micro_batch = pack(sequences, [s.advantages for s in sequences], pad_to_multiple=16)
+    models = [build_model(name, layers=layers).eval() for layers in Layers]
+    first, second = (run_model(micro_batch, model)[:, 0] @ model.output_weight().T for model in models)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_the_layers_are_those_that_were_asked_for(build_model: Callable[..., PolicyModel]) -> None:
+    """Megatron's names: a model that took the other kind in silence would pass every comparison."""
+    classes = {
+        layers: {type(module).__name__ for module in build_model("moe", layers=layers).modules()}
+        for layers in Layers
+    }
+    assert classes[Layers.transformer_engine] >= {
+        "TELayerNormColumnParallelLinear",
+        "TERowParallelLinear",
+        "TEDotProductAttention",
+        "TEGroupedMLP",
+        "TEColumnParallelGroupedLinear",
+        "TERowParallelGroupedLinear",
+        "RMSNorm",
+    }
+    assert classes[Layers.local] >= {"SequentialMLP", "RowParallelLinear", "PackedAttention", "RMSNorm"}
+    assert not any(name.startswith("TE") for name in classes[Layers.local])
+
+
 def gradient(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None
     return parameter.grad
 
 
+@pytest.mark.parametrize("layers", Layers)
 @pytest.mark.parametrize("name", ["dense_tied", "qwen2", "llama"])
 def test_gradients_are_those_of_transformers(
     build_model: Callable[..., PolicyModel],
     hf_model: Callable[[str], Path],
     make_sequences: Callable[..., list[TrainSequence]],
     name: str,
+    layers: Layers,
 ) -> None:
     """Of every parameter, biases among them, for a random weighting of the logits."""
     (sequence,) = make_sequences([23])
     weighting = torch.randn(len(sequence.token_ids), 101, generator=torch.Generator().manual_seed(2))
     micro_batch = pack([sequence], [sequence.advantages], pad_to_multiple=1)
-    model = build_model(name)
+    # Without Megatron's DDP there is no main_grad to add to.
+    model = build_model(name, layers=layers, megatron_overrides={"gradient_accumulation_fusion": False})
     logits = run_model(micro_batch, model)[:, 0] @ model.output_weight().T
     (logits[:, :101] * weighting).sum().backward()
 
@@ -168,6 +170,7 @@ def test_gradients_are_those_of_transformers(
         assert (found[key] - expected).norm() < 1e-5 * expected.norm(), key
 
 
+@pytest.mark.parametrize("layers", Layers)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -191,12 +194,12 @@ def test_gradients_are_those_of_transformers(
         ),
     ],
 )
-def test_checkpoint_keys_are_those_of_transformer_engines_layers(
-    build_model: Callable[..., PolicyModel], name: str, expected: Shapes
+def test_checkpoint_keys_are_the_same_of_both_kinds_of_layers(
+    build_model: Callable[..., PolicyModel], name: str, layers: Layers, expected: Shapes
 ) -> None:
-    """So that CPU and GPU checkpoints are the same. The local specs of upstream differ for MoE layers."""
+    """The local specs of upstream differ for MoE layers."""
     shapes: Shapes = {}
-    for entry in build_model(name).sharded_state_dict().values():
+    for entry in build_model(name, layers=layers).sharded_state_dict().values():
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         for part in parts:
             if isinstance(part, ShardedTensor):
@@ -320,6 +323,26 @@ def test_recompute_settings(
     )
     found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "modules"),
+    [
+        ("moe", Layers.transformer_engine, ["moe_act", "layernorm"]),
+        ("moe", Layers.local, ["core_attn"]),
+        ("dense", Layers.transformer_engine, ["core_attn"]),
+    ],
+)
+def test_what_is_large_is_recomputed(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+    model: str,
+    layers: Layers,
+    modules: list[str],
+) -> None:
+    wanted = policy_config(model, recompute=Recompute.selective, layers=layers)
+    assert build_transformer_config(wanted, architecture(model), cpu_platform).recompute_modules == modules
 
 
 def test_bf16_keeps_gradients_in_fp32(build_model: Callable[..., PolicyModel]) -> None:

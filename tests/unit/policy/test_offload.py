@@ -13,7 +13,7 @@ import torch
 from megatron_drpo.config import AlgorithmConfig, Config, Dtype, KlConfig, LossConfig, PlatformName
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.offload import MemoryPart
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy, UpdateResult

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_drpo.config import ParallelConfig, PlatformName
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.models.base import ArchitectureConfig, MoeConfig
-from megatron_drpo.platform import build_platform
+from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, check_layout, initialise_parallel
 
 DENSE = ArchitectureConfig(
