@@ -593,6 +593,7 @@ class OptimizerConfig(Section):
 
 
 class WeightSyncPath(StrEnum):
+    auto = "auto"
     tensor = "tensor"
     distributed = "distributed"
     disk = "disk"
@@ -602,9 +603,10 @@ class WeightSyncPath(StrEnum):
 class WeightSyncConfig(Section):
     """How new weights reach the rollout servers after an update."""
 
-    path: WeightSyncPath = WeightSyncPath.tensor
-    """tensor: in requests. distributed: broadcast over NCCL or gloo. disk: an HF folder in run_dir, on a file
-    system that the servers share."""
+    path: WeightSyncPath = WeightSyncPath.auto
+    """tensor: in requests; from a GPU, as handles of its memory, for servers on the same machine that see it.
+    distributed: broadcast over NCCL or gloo. disk: an HF folder in run_dir, on a file system that the servers
+    share. auto: tensor where servers can take it, else distributed; disk where neither can be."""
     bucket_bytes: int = number(256 * 2**20, at_least=2**10, at_most=2**34)
     """Tensors travel in buckets of about this size; a larger tensor goes alone."""
     timeout_s: float = number(120.0, at_least=0.1, at_most=DAY_S)
@@ -612,7 +614,7 @@ class WeightSyncConfig(Section):
     verify_every: int = number(1, at_least=0, at_most=MAX_STEPS)
     """Compare checksums after every n-th sync; 0: never."""
     host: str = host_name("127.0.0.1")
-    """distributed: address of the first trainer rank, as servers reach it."""
+    """distributed: address of the first trainer rank's machine, as servers reach it."""
     servers_per_group: int = number(1, at_least=1, at_most=10_000)
     """distributed: servers that share one broadcast. 1: a dead server never holds up another. More: fewer
     bytes leave the trainer, and a server that fails takes its group along."""

@@ -41,6 +41,7 @@ from megatron_drpo.platform import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.publish import WeightPublisher
+from megatron_drpo.resolve import resolve_config
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.completion import RouteShape
@@ -311,8 +312,11 @@ def main() -> None:
         die_with_parent(int(os.environ[SUPERVISOR_PID]))
     try:
         config, problems = read_config(sys.argv[1:])
-        is_checked = SUPERVISOR_PID in os.environ or RankInfo.from_environment().rank > 0
-        problems = problems or check_config(config, reads_prompts=not is_checked)
+        is_main = RankInfo.from_environment().rank == 0
+        is_checked = SUPERVISOR_PID in os.environ or not is_main
+        if not problems:
+            resolve_config(config)
+            problems = check_config(config, reads_prompts=not is_checked, sends_weights=is_main)
         if config.train.mode is Mode.rl and starts_fleet(config):
             problems.append(
                 "rollout.endpoints is empty and there is no rollout.fleet_file: a rank starts no server; "

@@ -194,6 +194,7 @@ def _build_path(
         return TensorPath()
     if config.path is WeightSyncPath.disk:
         return DiskPath(run_dir, source=model_path, bucket_bytes=config.bucket_bytes)
+    assert config.path is WeightSyncPath.distributed  # `resolve_config` leaves no auto
     return DistributedPath(
         host=config.host,
         backend="nccl" if device.type == "cuda" else "gloo",

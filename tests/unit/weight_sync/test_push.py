@@ -30,7 +30,7 @@ def make_pusher(model_path: Path, tmp_path: Path) -> Iterator[Callable[..., Weig
     pushers: list[WeightPusher] = []
 
     def make(**settings: Any) -> WeightPusher:
-        settings = {"timeout_s": 10.0, **settings}
+        settings = {"path": WeightSyncPath.tensor, "timeout_s": 10.0, **settings}
         config = WeightSyncConfig(**settings)
         pushers.append(WeightPusher(config, model_path=model_path, run_dir=tmp_path / "run"))
         return pushers[-1]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import WeightSyncConfig
+from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.weight_sync.push import WeightPusher
 
 Tensors = dict[str, torch.Tensor]
@@ -19,7 +19,8 @@ StandIn = Any
 
 @pytest.fixture
 def pusher(model_path: Path, tmp_path: Path) -> Iterator[WeightPusher]:
-    pusher = WeightPusher(WeightSyncConfig(timeout_s=5.0), model_path=model_path, run_dir=tmp_path)
+    config = WeightSyncConfig(path=WeightSyncPath.tensor, timeout_s=5.0)
+    pusher = WeightPusher(config, model_path=model_path, run_dir=tmp_path)
     yield pusher
     pusher.close()
 
