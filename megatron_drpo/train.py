@@ -17,7 +17,7 @@ from megatron_drpo.check import check_config, refuse_problems, warn_config
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.collective_wait import CollectiveWait, completes
 from megatron_drpo.colocation import SharedDevices
-from megatron_drpo.config import Config, Mode, OnBadLine, RoutingReplay
+from megatron_drpo.config import Config, Mode, OnBadLine, RoutingReplay, WeightSyncPath
 from megatron_drpo.config_io import read_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -48,6 +48,7 @@ from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.fleet_metrics import FleetWatch
 from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.watchdog import Watchdog
@@ -187,7 +188,9 @@ def _build_control(
         device=policy.parallel.device,
         api_key=config.rollout.api_key,
     )
-    control = FleetControl(config.rollout, pusher, memory)
+    sync = config.weight_sync
+    limit_s = reload_limit_s(sync) if sync.path is WeightSyncPath.disk else sync.timeout_s
+    control = FleetControl(config.rollout, pusher, memory, step_limit_s=limit_s)
     stack.callback(control.close)
     return control
 

@@ -19,6 +19,7 @@ from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.hf_io import read_hf_config
 from megatron_drpo.rollout.event_loop import EventLoopThread
+from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.weight_sync.bucket import Bucket, BucketPacker, NamedTensors
 from megatron_drpo.weight_sync.disk_path import DiskPath
 from megatron_drpo.weight_sync.distributed_path import DistributedPath
@@ -193,7 +194,12 @@ def _build_path(
     if config.path is WeightSyncPath.tensor:
         return TensorPath()
     if config.path is WeightSyncPath.disk:
-        return DiskPath(run_dir, source=model_path, bucket_bytes=config.bucket_bytes)
+        return DiskPath(
+            run_dir,
+            source=model_path,
+            bucket_bytes=config.bucket_bytes,
+            load_limit_s=reload_limit_s(config),
+        )
     assert config.path is WeightSyncPath.distributed  # `resolve_config` leaves no auto
     return DistributedPath(
         host=config.host,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from megatron_drpo.config import (
     PlatformName,
     PolicyConfig,
     RolloutConfig,
+    RolloutEngineName,
     TrainConfig,
     WeightSyncConfig,
     WeightSyncPath,
@@ -40,13 +43,28 @@ def test_the_path_of_weights(platform: PlatformName, expected: str, tmp_path: Pa
     assert load_config([f"config={tmp_path / 'config.yaml'}"]) == config
 
 
-def test_what_is_given_stays() -> None:
-    config = make_config(weight_sync=WeightSyncConfig(path=WeightSyncPath.disk))
+def test_limits_that_follow_from_the_size_of_the_model(tmp_path: Path) -> None:
+    """The weights of Qwen3-30B-A3B: a server is not given up while it still reads them."""
+    (tmp_path / "model.safetensors").touch()
+    os.truncate(tmp_path / "model.safetensors", 61 * 10**9)  # sparse: no byte is written
+    config = make_config(rollout=RolloutConfig(engine=RolloutEngineName.sglang))
+    config.policy.model_path = str(tmp_path)
     resolve_config(config)
-    assert config == make_config(weight_sync=WeightSyncConfig(path=WeightSyncPath.disk))
+    assert config.rollout.startup_timeout_s == 600 + 610
+    assert config.weight_sync.disk_timeout_s == 120 + 610
+    assert list(config.problems()) == []
+
+
+def test_what_is_given_stays() -> None:
+    sync = WeightSyncConfig(path=WeightSyncPath.disk, disk_timeout_s=7.0)
+    config = make_config(rollout=RolloutConfig(startup_timeout_s=5.0), weight_sync=sync)
+    expected = copy.deepcopy(config)
+    resolve_config(config)
+    assert config == expected
 
 
 def test_supervised_training_has_no_servers() -> None:
     config = make_config(train=TrainConfig(mode=Mode.sft))
     resolve_config(config)
     assert config.weight_sync.path is WeightSyncPath.auto
+    assert config.rollout.startup_timeout_s is None

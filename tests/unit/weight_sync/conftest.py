@@ -63,10 +63,12 @@ class StandIn:
     """Speaks SGLang's weight-update protocol, joins gloo groups as SGLang does, and keeps what it is given.
 
     `faults`: path -> 500, reset or hang; what happens instead of an answer to it.
+    `delays_s`: path -> seconds before the answer to it.
     """
 
     def __init__(self) -> None:
         self.faults: dict[str, str] = {}
+        self.delays_s: dict[str, float] = {}
         self.asked: list[str] = []
         self.received: Tensors = {}
         self.version = "0"
@@ -94,6 +96,7 @@ class StandIn:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers.get("Content-Length", 0))) or "{}")
         self.asked.append(request.path)
+        self.released.wait(self.delays_s.get(request.path, 0.0))
         fault = self.faults.get(request.path)
         if fault == "hang":
             self.released.wait(20)

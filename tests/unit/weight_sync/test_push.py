@@ -246,6 +246,21 @@ def test_only_the_latest_folder_is_kept(
     assert [path.name for path in (tmp_path / "run" / "weights").iterdir()] == ["version_2"]
 
 
+def test_a_server_that_loads_a_folder_has_a_limit_of_its_own(
+    make_pusher: Callable[..., WeightPusher], make_stand_in: Callable[[], StandIn], new: Tensors
+) -> None:
+    """The other requests of the update keep theirs."""
+    server = make_stand_in()
+    server.delays_s["/update_weights_from_disk"] = 1.0
+    limits = {"path": WeightSyncPath.disk, "timeout_s": 0.5}
+    assert make_pusher(**limits, disk_timeout_s=20.0).push(new.items(), 1, [server.endpoint]).failed == {}
+    report = make_pusher(**limits, disk_timeout_s=0.7).push(new.items(), 2, [server.endpoint])
+    assert "/update_weights_from_disk: no answer within 0.7 s" in report.failed[server.endpoint]
+    server.delays_s["/model_info"] = 1.0
+    report = make_pusher(**limits, disk_timeout_s=20.0).push(new.items(), 3, [server.endpoint])
+    assert "/model_info: no answer within 0.5 s" in report.failed[server.endpoint]
+
+
 def test_a_folder_that_cannot_be_written_is_every_servers_failure(
     push: Callable[..., PushReport], endpoint: str, new: Tensors, tmp_path: Path
 ) -> None:
