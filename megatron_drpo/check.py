@@ -42,6 +42,7 @@ from megatron_drpo.rollout.conversation import load_rollout_function
 from megatron_drpo.rollout.launch import choose_first_gpu, starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
 from megatron_drpo.weight_sync.placement import check_path, warn_path
+from megatron_drpo.weight_sync.quantised import check_quantisation
 
 
 def check_config(config: Config, *, reads_prompts: bool = True, sends_weights: bool = True) -> list[str]:
@@ -71,6 +72,7 @@ def check_config(config: Config, *, reads_prompts: bool = True, sends_weights: b
         problems += _check_groups(config)
         problems += _check_rollout(config)
         problems += check_path(config) if sends_weights else []
+        problems += check_quantisation(config)
         problems += check_reward(config.reward)
     problems += _check_replay(config, architecture)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():

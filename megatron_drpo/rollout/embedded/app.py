@@ -131,6 +131,7 @@ class EmbeddedApp:
                 "model_path": self._model_path,
                 "frontend": EMBEDDED,
                 "tp_size": 1,
+                "quantization": self._store.quantization,
                 "context_length": self._limits.max_tokens,
                 "enable_deterministic_inference": self._generator.deterministic,
             }

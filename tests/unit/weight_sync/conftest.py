@@ -71,6 +71,12 @@ class StandIn:
         self.delays_s: dict[str, float] = {}
         self.asked: list[str] = []
         self.received: Tensors = {}
+        self.info: dict[str, Any] = {
+            "tp_size": 1,
+            "version": "0.5.23",
+            "device": "cuda",
+            "dtype": "bfloat16",
+        }
         self.version = "0"
         self.checksum = "same"
         self.released = threading.Event()
@@ -114,7 +120,7 @@ class StandIn:
     def _answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"success": True, "message": ""}
         if path == "/server_info":
-            return {"tp_size": 1, "version": "0.5.23", "device": "cuda", "dtype": "bfloat16"}
+            return self.info
         if path == "/model_info":
             return {"weight_version": self.version}
         if path == "/weights_checker":
