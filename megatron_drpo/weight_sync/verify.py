@@ -134,7 +134,7 @@ def _same_names(found: Checksums, expected: Checksums) -> bool:
 
 def _sort(name: str) -> str:
     """A parameter's name, the same in all layers."""
-    return re.sub(r"\d+", "*", name)
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _difference(found: Checksums, expected: Checksums, unknown: Collection[str]) -> str | None:
