@@ -23,6 +23,7 @@ from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.platform import Platform
 from megatron_drpo.platform.cuda import has_fused_gradient_accumulation, has_transformer_engine
 from megatron_drpo.policy.layers import PackedAttention, RMSNorm
+from megatron_drpo.policy.overrides import convert_overrides
 
 _REFUSALS = (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What TransformerConfig raises for values that do not go together."""
@@ -94,7 +95,7 @@ def build_transformer_config(
         attention_backend=AttnBackend.auto,
         **_recompute_fields(config.policy.recompute),
     )
-    values.update(config.policy.megatron_overrides)
+    values.update(convert_overrides(config.policy.megatron_overrides))
     try:
         return TransformerConfig(**values)
     except _REFUSALS as error:
