@@ -197,7 +197,7 @@ def four_ranks_tied(model: Path, run_dir: str) -> list[Continued]:
 def test_resume_of_tied_embeddings_on_two_stages(
     run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """They have a bucket of their own, after the padding of another. One stage saves them, both read them."""
+    """They have a bucket of their own. One stage saves them, both read them."""
     undisturbed, same = run_distributed(four_ranks_tied, 4, hf_model("dense_tied"), str(tmp_path))[0]
     assert same == undisturbed, "bit for bit"
 
