@@ -15,7 +15,7 @@ from rich.table import Table
 
 from megatron_drpo.check import check_config, refuse_problems, warn_config
 from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.collective_wait import CollectiveWait, completes
+from megatron_drpo.collective_wait import CollectiveWait
 from megatron_drpo.colocation import SharedDevices
 from megatron_drpo.config import Config, Mode, OnBadLine, RoutingReplay
 from megatron_drpo.config_io import read_config
@@ -88,7 +88,7 @@ def run(config: Config) -> None:
             if config.rollout.colocated:
                 devices = SharedDevices(policy, control=control, engine=engine)
             publisher = WeightPublisher(policy, control=control, engine=engine, devices=devices)
-        wait = CollectiveWait(publisher)
+        wait = CollectiveWait(publisher, num_replicas=parallel.data_size, replica=parallel.data_rank)
         share = experience = evaluator = None
         if parallel.is_leader:
             share, experience, evaluator = _build_leader(config, policy, engine, wait, stack)
@@ -237,7 +237,7 @@ def _build_leader(
         vocab_size=vocab_size,
         num_topk=build_loss(config.algorithm.loss).num_topk,
         wait_until=wait.until,
-        agree=lambda value: _maximum(parallel, value, wait),
+        agree=wait.agree,
         sum_over_replicas=lambda values: _gather(parallel, values).sum(0),
         route_check=_route_check(config, policy.architecture),
     )
@@ -257,16 +257,6 @@ def _route_check(config: Config, architecture: ArchitectureConfig) -> RouteCheck
     if shape is None:
         return None
     return RouteCheck(num_experts=shape.num_experts, on_bad=config.policy.on_bad_routes)
-
-
-def _maximum(parallel: ParallelState, value: int, wait: CollectiveWait) -> int:
-    """Over the replicas, whose leaders come to it at different times."""
-    mine = torch.tensor(value, device=parallel.device)
-    gathered = [torch.empty_like(mine) for _ in range(parallel.data_size)]
-    work = torch.distributed.all_gather(gathered, mine, group=parallel.data_group, async_op=True)
-    assert work is not None  # this rank is in the group
-    wait.until(lambda timeout_s: completes(work, timeout_s))
-    return int(torch.stack(gathered).max())
 
 
 def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
