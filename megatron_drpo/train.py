@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -296,7 +298,8 @@ def _write_summary(config: Config) -> None:
 
 
 def main() -> None:
-    """Load and check the configuration, then run; any error of ours is one message and exit status 1."""
+    """Load and check the configuration, then run; any error of ours is one message and exit status 1, any
+    other its traceback."""
     if SUPERVISOR_PID in os.environ:
         die_with_parent(int(os.environ[SUPERVISOR_PID]))
     try:
@@ -315,10 +318,21 @@ def main() -> None:
         rank = RankInfo.from_environment().rank
         if rank == 0 or not isinstance(error, ConfigError | NumericsError):  # those are every rank's
             print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
-        os._exit(1)
+        _end(1)
     except KeyboardInterrupt:  # the supervisor says so
-        os._exit(130)
+        _end(130)
+    except Exception as error:  # noqa: BLE001 (it ends here, whatever it is)
+        print(f"\nrank {RankInfo.from_environment().rank} ends by {type(error).__name__}:", file=sys.stderr)
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """At once. The other ranks wait in collectives, and the interpreter's teardown would wait for them:
+    groups are destroyed, and threads joined."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
