@@ -9,6 +9,8 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
+from tests import nccl_like
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
 
 
@@ -51,11 +53,12 @@ def sleep_until(moment: float, timeout_s: float) -> bool:
     return time.monotonic() >= moment
 
 
+@pytest.mark.parametrize("backend", ["gloo", nccl_like.NAME])
 def test_nobody_goes_on_before_the_slowest_and_all_repair(
-    run_distributed: Callable[..., list[dict[str, Any]]],
+    run_distributed: Callable[..., list[dict[str, Any]]], backend: str
 ) -> None:
     delays_s = [0.3, 4.0, 0.0]
-    ranks = run_distributed(wait_together, 3, delays_s)
+    ranks = run_distributed(wait_together, 3, delays_s, backend=backend)
     for rank, delay_s in zip(ranks, delays_s, strict=True):
         assert rank["own"] >= delay_s
         assert rank["all"] >= 4.0

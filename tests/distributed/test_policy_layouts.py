@@ -33,6 +33,7 @@ from megatron_drpo.platform import build_platform
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import TrainSequence
+from tests import nccl_like
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -128,19 +129,29 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+NCCL_LAYOUTS = ["TP2+SP, EP2", "PP2, VPP2, CP2", "TP2+SP, CP2, EP2", "DP2"]
+"""Every kind of group and of collective, also where the backend has NCCL's habits."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [*((layout, "gloo") for layout in LAYOUTS), *((layout, nccl_like.NAME) for layout in NCCL_LAYOUTS)],
+)
 def test_several_ranks_give_the_result_of_one(
     run_distributed: Callable[..., list[Any]],
     single_rank: Callable[..., dict[str, Any]],
     hf_model: Callable[[str], Path],
     make_sequences: Callable[..., list[TrainSequence]],
     layout: str,
+    backend: str,
 ) -> None:
     model, sizes, recompute = LAYOUTS[layout]
     config = make_config(hf_model(model), ParallelConfig(**sizes), recompute)
     batches = [make_sequences(lengths) for lengths in LENGTHS]
     expected = single_rank(config, batches)
-    ranks = run_distributed(train, config.parallel.world_size, config, batches, timeout_s=100.0)
+    ranks = run_distributed(
+        train, config.parallel.world_size, config, batches, timeout_s=100.0, backend=backend
+    )
 
     assert ranks[0]["num_micro_batches"] > 1
     for rank in ranks:
