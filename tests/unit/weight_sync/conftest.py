@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
 from megatron_drpo.weight_sync.wire import decode_bucket
+from tests.nccl_like import NcclLike, Options
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,15 +61,19 @@ def endpoint(make_endpoint: Callable[[], str]) -> str:
 
 
 class StandIn:
-    """Speaks SGLang's weight-update protocol, joins gloo groups as SGLang does, and keeps what it is given.
+    """Speaks SGLang's weight-update protocol, joins groups as SGLang does, and keeps what it is given.
 
-    `faults`: path -> 500, reset or hang; what happens instead of an answer to it.
+    A group asked for as `nccl` has NCCL's habits. `faults`: path -> 500, reset or hang; what happens instead
+    of an answer to it.
     """
 
     def __init__(self) -> None:
         self.faults: dict[str, str] = {}
+        self.nccl = Options(device=f"of stand-in {id(self)}")
         self.asked: list[str] = []
         self.received: Tensors = {}
+        self.broadcasts: list[list[str]] = []
+        """The names in each."""
         self.version = "0"
         self.checksum = "same"
         self.released = threading.Event()
@@ -117,7 +122,7 @@ class StandIn:
         if path == "/weights_checker":
             return {**answer, "ranks": [{"checksums": {"w": self.checksum}}]}
         if path == "/init_weights_update_group":
-            self._groups[body["group_name"]] = _join(body)
+            self._groups[body["group_name"]] = _join(body, self.nccl)
         elif path == "/update_weights_from_distributed":
             self._receive(body)
         elif path == "/update_weights_from_tensor":
@@ -136,12 +141,13 @@ class StandIn:
         data = torch.empty(sum(sizes), dtype=torch.uint8)
         options = dist.BroadcastOptions()
         options.rootRank = 0
+        self.broadcasts.append(body["names"])
         self._groups[body["group_name"]].broadcast([data], options).wait()
         parts = zip(body["names"], data.split(sizes), dtypes, body["shapes"], strict=True)
         self.received |= {name: part.view(dtype).view(shape) for name, part, dtype, shape in parts}
 
 
-def _join(body: dict[str, Any]) -> Any:
+def _join(body: dict[str, Any], nccl: Options) -> Any:
     """SGLang's init_custom_process_group, without a default group."""
     name = body["group_name"]
     rank, world_size = body["rank_offset"], body["world_size"]
@@ -152,8 +158,11 @@ def _join(body: dict[str, Any]) -> Any:
         is_master=False,
         timeout=timedelta(seconds=20),
     )
-    for prefix in (name, f"{name}/", "cpu/"):
+    is_nccl = body["backend"] == "nccl"
+    for prefix in (name, f"{name}/", "cuda/" if is_nccl else "cpu/"):
         store = dist.PrefixStore(prefix, store)
+    if is_nccl:
+        return NcclLike(store, rank, world_size, nccl)
     return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=20))
 
 
