@@ -42,6 +42,7 @@ from megatron_drpo.rewards.pool import find_answer_problems
 from megatron_drpo.rollout.conversation import load_rollout_function
 from megatron_drpo.rollout.launch import choose_first_gpu, starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
+from megatron_drpo.weight_sync.nccl import check_nccl
 
 
 def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
@@ -68,6 +69,7 @@ def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
         problems += _check_objective(config, architecture)
         problems += _check_groups(config)
         problems += _check_rollout(config)
+        problems += check_nccl(config)
         problems += check_reward(config.reward)
     problems += _check_replay(config, architecture)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():

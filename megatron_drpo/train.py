@@ -17,7 +17,7 @@ from megatron_drpo.check import check_config, refuse_problems, warn_config
 from megatron_drpo.checkpoint import Checkpointer
 from megatron_drpo.collective_wait import CollectiveWait, completes
 from megatron_drpo.colocation import SharedDevices
-from megatron_drpo.config import Config, Mode, OnBadLine, RoutingReplay
+from megatron_drpo.config import Config, Mode, OnBadLine, PlatformName, RoutingReplay, WeightSyncPath
 from megatron_drpo.config_io import read_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -47,6 +47,7 @@ from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.fleet_metrics import FleetWatch
 from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.rollout.nccl_environment import build_nccl_environment
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.watchdog import Watchdog
@@ -62,6 +63,8 @@ def run(config: Config) -> None:
         DrpoError: its message says all a user needs to know.
     """
     platform = build_platform(config.platform)
+    if platform.name is PlatformName.cuda and config.weight_sync.path is WeightSyncPath.distributed:
+        os.environ.update(build_nccl_environment(config.rollout.sglang.arguments, os.environ))
     device = platform.prepare(RankInfo.from_environment().local_rank)
     parallel = initialise_parallel(config.parallel, platform.backend, device)
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ import httpx
 
 from megatron_drpo.config import Dtype, RolloutConfig, RoutingReplay
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.nccl_environment import build_nccl_environment
 from megatron_drpo.rollout.run_sglang import API_KEY
 
 _NUM_LOG_LINES = 20
@@ -175,7 +176,11 @@ def start_sglang(
         *sglang.arguments,
     ]
     command = [sglang.python, "-P", str(_SGLANG_SCRIPT), str(os.getpid()), *arguments]
-    environment = _cpu_environment(sglang.tensor_parallel_size) if on_cpu else {}
+    environment = (
+        _cpu_environment(sglang.tensor_parallel_size)
+        if on_cpu
+        else build_nccl_environment(sglang.arguments, os.environ)
+    )
     if config.api_key is not None:
         environment[API_KEY] = config.api_key
     process = _start(command, environment, log_path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.group import BroadcastGroup, join_group
+from megatron_drpo.weight_sync.nccl import find_unlike
 from megatron_drpo.weight_sync.path import Failures, Server, begin, end
 
 _CLOSE_S = 5.0
@@ -40,6 +42,8 @@ class DistributedPath:
     async def open(self, servers: Sequence[Server], version: str) -> Failures:
         self._version = version
         failures = _embedded(servers)
+        if self._backend == "nccl":
+            failures |= find_unlike(servers, os.environ)
         ready = [server for server in servers if server.endpoint not in failures]
         failures |= await begin(ready)
         ready = [server for server in ready if server.endpoint not in failures]

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.weight_sync.nccl import explain
 from megatron_drpo.weight_sync.path import Server
 
 _NUM_ATTEMPTS = 3
@@ -90,7 +91,7 @@ class BroadcastGroup:
                 f"{names}: {which} broadcast did not finish within {limit_s:g} s"
             ) from error
         except RuntimeError as error:  # torch.distributed's errors among them
-            raise WeightSyncError(f"{names}: a broadcast failed: {error}") from error
+            raise WeightSyncError(f"{names}: a broadcast failed: {explain(error)}") from error
         finally:
             sending.cancel()  # nobody waits for it any more; the thread goes on
         self.is_connected = True
