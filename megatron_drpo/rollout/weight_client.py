@@ -114,7 +114,7 @@ class WeightClient(SGLangClient):
             [
                 b'{"serialized_named_tensors":["',
                 b'","'.join(payloads),
-                b'"],"flush_cache":false,"weight_version":',
+                b'"],"load_format":"flattened_bucket","flush_cache":false,"weight_version":',
                 version,
                 b"}",
             ]

@@ -63,11 +63,21 @@ def test_an_update_never_flushes_the_cache_and_names_its_version(server: Recorde
     assert server.asked == [
         (
             "/update_weights_from_tensor",
-            {"serialized_named_tensors": ["QUJD", "REVG"], "flush_cache": False, "weight_version": "12"},
+            {
+                "serialized_named_tensors": ["QUJD", "REVG"],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": "12",
+            },
         ),
         (
             "/update_weights_from_tensor",
-            {"serialized_named_tensors": ["QUJD"], "flush_cache": False, "weight_version": None},
+            {
+                "serialized_named_tensors": ["QUJD"],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": None,
+            },
         ),
         (
             "/update_weights_from_disk",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.rollout.client import SGLangClient
 from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.weight_sync import tensor_path
+from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher
 
 Tensors = dict[str, torch.Tensor]
@@ -104,7 +106,7 @@ def test_the_stream_is_not_held_in_memory(
 
     encode = tensor_path.encode_bucket
 
-    def counting(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
+    def counting(bucket: Bucket) -> bytes:
         taken_at_send.append(num_taken)
         return encode(bucket)
 
@@ -123,8 +125,8 @@ def test_a_payload_is_serialised_once_for_all_servers(
     sizes: list[int] = []
     encode = tensor_path.encode_bucket
 
-    def counting(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
-        sizes.append(len(bucket))
+    def counting(bucket: Bucket) -> bytes:
+        sizes.append(len(bucket.names))
         return encode(bucket)
 
     monkeypatch.setattr(tensor_path, "encode_bucket", counting)
@@ -178,8 +180,12 @@ def test_a_server_with_other_weights_or_version_is_found_out(
     first = next(iter(new))
     encode = tensor_path.encode_bucket
 
-    def damage(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
-        return encode([(name, t.nextafter(t + 1) if name == first else t) for name, t in bucket])
+    def damage(bucket: Bucket) -> bytes:
+        damaged = replace(bucket, data=bucket.data.clone())
+        for name, tensor in damaged.tensors():
+            if name == first:
+                tensor.copy_(tensor.nextafter(tensor + 1))
+        return encode(damaged)
 
     monkeypatch.setattr(tensor_path, "encode_bucket", damage)
     pusher = make_pusher(verify_every=2)
