@@ -72,6 +72,7 @@ def finish_late(delay_s: float) -> list[bool]:
 
     from megatron_drpo.collective_wait import completes
 
+    dist.barrier()  # a rank that is slow to start is not what makes the other wait
     if dist.get_rank() == 1:
         time.sleep(delay_s)
     value = torch.ones(1)
