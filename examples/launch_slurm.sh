@@ -35,4 +35,4 @@ srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first_node:29500" \
     --rdzv-id="$SLURM_JOB_ID" \
-    -m megatron_drpo.train "config=$recipe" "$@"
+    -m megatron_drpo.train "config=$recipe" "weight_sync.host=$first_node" "$@"

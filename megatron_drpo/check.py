@@ -21,7 +21,6 @@ from megatron_drpo.config import (
     PlatformName,
     RolloutEngineName,
     RoutingReplay,
-    WeightSyncPath,
 )
 from megatron_drpo.data.prompts import check_prompt_file
 from megatron_drpo.data.tokenizer import load_tokenizer
@@ -42,13 +41,18 @@ from megatron_drpo.rewards.pool import find_answer_problems
 from megatron_drpo.rollout.conversation import load_rollout_function
 from megatron_drpo.rollout.launch import choose_first_gpu, starts_fleet
 from megatron_drpo.torch_dist import find_checkpoint
+from megatron_drpo.weight_sync.nccl import check_nccl
+from megatron_drpo.weight_sync.placement import check_path, warn_path
+from megatron_drpo.weight_sync.quantised import check_quantisation
 
 
-def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
-    """Problems with files, model, layout, loss and reward, as sentences; empty if the run can start.
+def check_config(config: Config, *, reads_prompts: bool = True, sends_weights: bool = True) -> list[str]:
+    """Problems with files, model, layout, servers, loss and reward, as sentences; empty if the run can start.
 
     Args:
         reads_prompts: False leaves out what is in prompt files, where another process has looked at them.
+        sends_weights: False leaves out how weights reach the servers, which another machine may see otherwise
+            than the one that sends them.
     """
     problems = check_megatron_overrides(config.policy.megatron_overrides)
     try:
@@ -68,6 +72,9 @@ def check_config(config: Config, *, reads_prompts: bool = True) -> list[str]:
         problems += _check_objective(config, architecture)
         problems += _check_groups(config)
         problems += _check_rollout(config)
+        problems += check_path(config) if sends_weights else []
+        problems += check_quantisation(config)
+        problems += check_nccl(config)
         problems += check_reward(config.reward)
     problems += _check_replay(config, architecture)
     if config.checkpoint.load_path is not None and not Path(config.checkpoint.load_path).is_dir():
@@ -106,6 +113,7 @@ def warn_config(config: Config) -> list[str]:
                 "algorithm.dynamic_sampling.enabled=True with algorithm.advantage=uncentred: groups of equal "
                 "rewards are dropped, though uncentred advantages would learn from them"
             )
+        warnings += warn_path(config)
     return warnings
 
 
@@ -171,11 +179,6 @@ def _check_rollout(config: Config) -> list[str]:
                 f"rollout.function={rollout.function}: algorithm.loss.name={config.algorithm.loss.name} "
                 "needs the most probable ids of every token, which inserted tokens do not have"
             )
-    is_embedded = rollout.engine is RolloutEngineName.embedded
-    if starts_fleet(config) and is_embedded and config.weight_sync.path is WeightSyncPath.distributed:
-        problems.append(
-            "weight_sync.path=distributed needs rollout.engine=sglang: the embedded server joins no broadcast"
-        )
     if starts_fleet(config) and rollout.fleet.placement is Placement.ray:
         problems += _check_ray(config)
     if rollout.engine is RolloutEngineName.sglang and starts_fleet(config):

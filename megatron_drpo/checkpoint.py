@@ -272,6 +272,8 @@ def _save_hashed(tensors: dict[str, Any], folder: Path) -> dict[str, str]:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError as well, but not of the disk
+        raise
     except _WRITE_ERRORS as error:
         raise CheckpointError(
             f"{path} cannot be written: {describe_error(error)} (check free space and permissions there)"

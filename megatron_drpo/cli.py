@@ -177,7 +177,9 @@ def _check(_: argparse.Namespace, settings: list[str]) -> None:
     config = _load(settings)
     from megatron_drpo.check import check_config, refuse_problems, warn_config
     from megatron_drpo.config_io import to_yaml
+    from megatron_drpo.resolve import resolve_config
 
+    resolve_config(config)
     refuse_problems(config, check_config(config))
     print(to_yaml(config), end="")
     for warning in warn_config(config):

@@ -159,7 +159,8 @@ class FleetConfig(Section):
     health_interval_s: float = number(10.0, at_least=0.01, at_most=DAY_S)
     """Between two generations that prove a server alive."""
     health_timeout_s: float = number(60.0, at_least=0.1, at_most=DAY_S)
-    """A server that generates nothing for so long hangs: it is killed and started again."""
+    """A server that generates nothing for so long hangs: it is killed and started again. The time in which it
+    is given weights does not count."""
     max_failures: int = number(3, at_least=1, at_most=1000)
     """Failures in a row after which a server leaves the fleet; a server that has worked for
     failure_memory_s starts anew at 0."""
@@ -209,8 +210,9 @@ class RolloutConfig(Section):
     num_retries: int = number(3, at_least=0, at_most=1000)
     """Further attempts of a request that a server fails (500), leaves without an answer for request_timeout_s
     or aborts without a token, on another server first, before the run stops."""
-    startup_timeout_s: float = number(120.0, at_least=0.1, at_most=DAY_S)
-    """How long a server may take until it generates."""
+    startup_timeout_s: float | None = number(None, at_least=0.1, at_most=DAY_S)
+    """How long a server may take until it generates; not given: 2 minutes, 10 for SGLang that the run starts,
+    and the time to read the model at 100 MB/s (61 GB: 10 minutes more)."""
     no_server_timeout_s: float = number(600.0, at_least=0.1, at_most=MONTH_S)
     """How long to wait while no server of the fleet has current weights or is available (no connection; 408,
     425, 429, 502, 503, 504; no JSON), before the run stops."""
@@ -602,6 +604,7 @@ class OptimizerConfig(Section):
 
 
 class WeightSyncPath(StrEnum):
+    auto = "auto"
     tensor = "tensor"
     distributed = "distributed"
     disk = "disk"
@@ -611,17 +614,20 @@ class WeightSyncPath(StrEnum):
 class WeightSyncConfig(Section):
     """How new weights reach the rollout servers after an update."""
 
-    path: WeightSyncPath = WeightSyncPath.tensor
-    """tensor: in requests. distributed: broadcast over NCCL or gloo. disk: an HF folder in run_dir, on a file
-    system that the servers share."""
+    path: WeightSyncPath = WeightSyncPath.auto
+    """tensor: in requests; from a GPU, as handles of its memory, for servers on the same machine that see it.
+    distributed: broadcast over NCCL or gloo. disk: an HF folder in run_dir, on a file system that the servers
+    share. auto: tensor where servers can take it, else distributed; disk where neither can be."""
     bucket_bytes: int = number(256 * 2**20, at_least=2**10, at_most=2**34)
     """Tensors travel in buckets of about this size; a larger tensor goes alone."""
     timeout_s: float = number(120.0, at_least=0.1, at_most=DAY_S)
     """Limit of each request and of each broadcast; a server that exceeds it is fenced."""
+    disk_timeout_s: float | None = number(None, at_least=0.1, at_most=DAY_S)
+    """disk: limit of a server's loading; not given: 2 minutes, and the time to read the model at 100 MB/s."""
     verify_every: int = number(1, at_least=0, at_most=MAX_STEPS)
     """Compare checksums after every n-th sync; 0: never."""
     host: str = host_name("127.0.0.1")
-    """distributed: address of the first trainer rank, as servers reach it."""
+    """distributed: address of the first trainer rank's machine, as servers reach it."""
     servers_per_group: int = number(1, at_least=1, at_most=10_000)
     """distributed: servers that share one broadcast. 1: a dead server never holds up another. More: fewer
     bytes leave the trainer, and a server that fails takes its group along."""

@@ -58,7 +58,9 @@ def _write(
 ) -> None:
     rank = policy.parallel.rank
     (folder / "micro_batches").mkdir(parents=True, exist_ok=True)
-    fields = [dataclasses.asdict(micro_batch) for micro_batch in micro_batches]
+    # Not asdict, which copies every tensor: replayed routes can be as large as all else.
+    names = [field.name for field in dataclasses.fields(MicroBatch)]
+    fields = [{name: getattr(one, name) for name in names} for one in micro_batches]
     torch.save(fields, folder / "micro_batches" / f"rank_{rank}.pt")
     if policy.parallel.is_main:
         (folder / "error.txt").write_text(f"{error}\n")

@@ -61,6 +61,8 @@ class WeightPublisher:
     def _give(self, *, is_new: bool) -> None:
         if self._devices is not None:
             self._devices.before_push()
+        if is_new and self._engine is not None:
+            self._engine.expect_update()
         tensors = self._policy.hf_tensors()
         current: list[list[str] | None] = [None]
         if self._control is not None:

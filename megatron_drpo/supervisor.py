@@ -18,6 +18,7 @@ from megatron_drpo.config import Config, Mode
 from megatron_drpo.config_io import to_yaml
 from megatron_drpo.errors import ConfigError, DrpoError, RankError
 from megatron_drpo.lifetime import SUPERVISOR_PID, Terminated, ends_in_order_on_sigterm
+from megatron_drpo.resolve import resolve_config
 from megatron_drpo.rollout.launch import build_fleet, starts_fleet
 
 _LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -33,6 +34,7 @@ def supervise(config: Config) -> None:
         RankError: a rank failed; it has printed why.
         Terminated, KeyboardInterrupt: by a signal; a note says what is kept.
     """
+    resolve_config(config)
     refuse_problems(config, check_config(config))
     with ends_in_order_on_sigterm(lambda: _what_is_kept(config)):
         _run(config)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -15,9 +17,9 @@ from rich.table import Table
 
 from megatron_drpo.check import check_config, refuse_problems, warn_config
 from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.collective_wait import CollectiveWait, completes
+from megatron_drpo.collective_wait import CollectiveWait
 from megatron_drpo.colocation import SharedDevices
-from megatron_drpo.config import Config, Mode, OnBadLine, RoutingReplay
+from megatron_drpo.config import Config, Mode, OnBadLine, PlatformName, RoutingReplay, WeightSyncPath
 from megatron_drpo.config_io import read_config
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
@@ -41,12 +43,15 @@ from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.publish import WeightPublisher
+from megatron_drpo.resolve import resolve_config
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.fleet_metrics import FleetWatch
 from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.rollout.nccl_environment import build_nccl_environment
+from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.watchdog import Watchdog
@@ -56,12 +61,14 @@ from megatron_drpo.weight_sync.push import WeightPusher
 
 
 def run(config: Config) -> None:
-    """Train on this rank until `train.num_steps`.
+    """Train on this rank, by a configuration that is resolved, until `train.num_steps`.
 
     Raises:
         DrpoError: its message says all a user needs to know.
     """
     platform = build_platform(config.platform)
+    if platform.name is PlatformName.cuda and config.weight_sync.path is WeightSyncPath.distributed:
+        os.environ.update(build_nccl_environment(config.rollout.sglang.arguments, os.environ))
     device = platform.prepare(RankInfo.from_environment().local_rank)
     parallel = initialise_parallel(config.parallel, platform.backend, device)
     with ExitStack() as stack:
@@ -88,7 +95,7 @@ def run(config: Config) -> None:
             if config.rollout.colocated:
                 devices = SharedDevices(policy, control=control, engine=engine)
             publisher = WeightPublisher(policy, control=control, engine=engine, devices=devices)
-        wait = CollectiveWait(publisher)
+        wait = CollectiveWait(publisher, num_replicas=parallel.data_size, replica=parallel.data_rank)
         share = experience = evaluator = None
         if parallel.is_leader:
             share, experience, evaluator = _build_leader(config, policy, engine, wait, stack)
@@ -186,7 +193,9 @@ def _build_control(
         device=policy.parallel.device,
         api_key=config.rollout.api_key,
     )
-    control = FleetControl(config.rollout, pusher, memory)
+    sync = config.weight_sync
+    limit_s = reload_limit_s(sync) if sync.path is WeightSyncPath.disk else sync.timeout_s
+    control = FleetControl(config.rollout, pusher, memory, step_limit_s=limit_s)
     stack.callback(control.close)
     return control
 
@@ -237,7 +246,7 @@ def _build_leader(
         vocab_size=vocab_size,
         num_topk=build_loss(config.algorithm.loss).num_topk,
         wait_until=wait.until,
-        agree=lambda value: _maximum(parallel, value, wait),
+        agree=wait.agree,
         sum_over_replicas=lambda values: _gather(parallel, values).sum(0),
         route_check=_route_check(config, policy.architecture),
     )
@@ -257,16 +266,6 @@ def _route_check(config: Config, architecture: ArchitectureConfig) -> RouteCheck
     if shape is None:
         return None
     return RouteCheck(num_experts=shape.num_experts, on_bad=config.policy.on_bad_routes)
-
-
-def _maximum(parallel: ParallelState, value: int, wait: CollectiveWait) -> int:
-    """Over the replicas, whose leaders come to it at different times."""
-    mine = torch.tensor(value, device=parallel.device)
-    gathered = [torch.empty_like(mine) for _ in range(parallel.data_size)]
-    work = torch.distributed.all_gather(gathered, mine, group=parallel.data_group, async_op=True)
-    assert work is not None  # this rank is in the group
-    wait.until(lambda timeout_s: completes(work, timeout_s))
-    return int(torch.stack(gathered).max())
 
 
 def _print_banner(config: Config, platform: Platform, policy: Policy) -> None:
@@ -306,13 +305,17 @@ def _write_summary(config: Config) -> None:
 
 
 def main() -> None:
-    """Load and check the configuration, then run; any error of ours is one message and exit status 1."""
+    """Load and check the configuration, then run; any error of ours is one message and exit status 1, any
+    other its traceback."""
     if SUPERVISOR_PID in os.environ:
         die_with_parent(int(os.environ[SUPERVISOR_PID]))
     try:
         config, problems = read_config(sys.argv[1:])
-        is_checked = SUPERVISOR_PID in os.environ or RankInfo.from_environment().rank > 0
-        problems = problems or check_config(config, reads_prompts=not is_checked)
+        is_main = RankInfo.from_environment().rank == 0
+        is_checked = SUPERVISOR_PID in os.environ or not is_main
+        if not problems:
+            resolve_config(config)
+            problems = check_config(config, reads_prompts=not is_checked, sends_weights=is_main)
         if config.train.mode is Mode.rl and starts_fleet(config):
             problems.append(
                 "rollout.endpoints is empty and there is no rollout.fleet_file: a rank starts no server; "
@@ -325,10 +328,21 @@ def main() -> None:
         rank = RankInfo.from_environment().rank
         if rank == 0 or not isinstance(error, ConfigError | NumericsError):  # those are every rank's
             print(f"\n{type(error).__name__} (rank {rank}): {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: other ranks wait in collectives, and teardown would wait for them.
-        os._exit(1)
+        _end(1)
     except KeyboardInterrupt:  # the supervisor says so
-        os._exit(130)
+        _end(130)
+    except Exception as error:  # noqa: BLE001 (it ends here, whatever it is)
+        print(f"\nrank {RankInfo.from_environment().rank} ends by {type(error).__name__}:", file=sys.stderr)
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """At once. The other ranks wait in collectives, and the interpreter's teardown would wait for them:
+    groups are destroyed, and threads joined."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from megatron_drpo.experience import Evaluator, Experience, ExperienceSource
 from megatron_drpo.failure import save_failure
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
+from megatron_drpo.metrics.device import device_memory, wait_for_kernels
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.faulty_tokens import FaultReport, alarm_of_faults, report_faults
-from megatron_drpo.metrics.memory import device_memory
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.prometheus import PrometheusServer
 from megatron_drpo.metrics.reward_alarm import RewardAlarm
@@ -81,8 +81,7 @@ class Trainer:
         self.watchdog = watchdog
         self.prometheus = prometheus
         self.state = RunState()
-        on_gpu = policy.parallel.device.type == "cuda"
-        self.timer = StepTimer(wait=torch.cuda.synchronize if on_gpu else None)
+        self.timer = StepTimer(wait=wait_for_kernels)
         self.trust_region = TrustRegionAlarm()
         self.rewards = RewardAlarm(config)
         self.alarms: list[str] = []
@@ -106,7 +105,8 @@ class Trainer:
                 metrics |= self._evaluate()
             times = self.timer.finish()
             times["throughput/tokens_per_s"] = self.num_tokens / times["time/step_s"]
-            metrics |= times | device_memory(self.policy.parallel.device)
+            metrics |= times
+            metrics |= device_memory(self.policy.parallel.device)
             self._report(step + 1, metrics)
             if self._is_due(self.config.checkpoint.save_every_steps):
                 self._save()

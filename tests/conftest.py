@@ -83,18 +83,22 @@ def _rank_context() -> ForkServerContext:
 
 @pytest.fixture
 def run_distributed(_rank_context: ForkServerContext, tmp_path: Path) -> Callable[..., list[Any]]:
-    """Run a module-level function of the test file on several gloo ranks.
+    """Run a module-level function of the test file on several ranks.
 
-    `run_distributed(function, world_size, *args, timeout_s=60.0)` calls `function(*args)` in `world_size`
-    processes of one thread each, with torch.distributed initialised (gloo, a file as the store) and RANK,
-    LOCAL_RANK and WORLD_SIZE set, and returns their results in rank order. Arguments and results are
-    pickled. If a rank raises, dies or exceeds `timeout_s`, all ranks are killed and the test fails with
-    the output and the traceback of every rank that did not finish.
+    `run_distributed(function, world_size, *args, timeout_s=60.0, backend="gloo")` calls `function(*args)` in
+    `world_size` processes of one thread each, with torch.distributed initialised (the store is a file) and
+    RANK, LOCAL_RANK and WORLD_SIZE set, and returns their results in rank order. `backend="nccl_like"` has
+    NCCL's habits. Arguments and results are pickled. If a rank raises, dies or exceeds `timeout_s`, all ranks
+    are killed and the test fails with the output and the traceback of every rank that did not finish.
     """
     num_jobs = 0
 
     def run(
-        function: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 60.0
+        function: Callable[..., Any],
+        world_size: int,
+        *args: object,
+        timeout_s: float = 60.0,
+        backend: str = "gloo",
     ) -> list[Any]:
         nonlocal num_jobs
         folder = tmp_path / f"ranks_{num_jobs}"
@@ -105,6 +109,7 @@ def run_distributed(_rank_context: ForkServerContext, tmp_path: Path) -> Callabl
             "args": pickle.dumps(args),
             "world_size": world_size,
             "timeout_s": timeout_s,
+            "backend": backend,
             "environ": dict(os.environ),
         }
         (folder / "job").write_bytes(pickle.dumps(job))

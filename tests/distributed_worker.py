@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import nccl_like
+
 
 def load_function(path: str, module_name: str, function_name: str) -> Callable[..., Any]:
     """A function of a test file, loaded under the name pytest gave the file: its objects unpickle by it."""
@@ -50,7 +52,8 @@ def run_rank(folder: Path, rank: int) -> None:
     args = pickle.loads(job["args"])
     store = dist.FileStore(str(folder / "store"), world_size)
     limit = timedelta(seconds=job["timeout_s"])
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    nccl_like.register()
+    dist.init_process_group(job["backend"], store=store, rank=rank, world_size=world_size, timeout=limit)
     result = function(*args)
     (folder / f"rank_{rank}.result").write_bytes(pickle.dumps(result))
     dist.barrier()  # nobody closes its connections while another rank still uses them

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_drpo.config import Anchor
-from tools.parity_cases import LAYOUTS, Case, build_config, full_product, pairwise
+from tools.parity_cases import LAYOUTS, ROWS, Case, build_config, full_product, pairwise
 from tools.parity_data import load_sequences, write_reference
 
 LIMITS = {"loss": 1e-6, "gradient": 1e-5, "norm": 1e-5, "metric": 1e-5}
@@ -272,12 +272,18 @@ def summary_lines(outcomes: list[Outcome], command: str) -> list[str]:
     return lines
 
 
+def _headings(worst: dict[tuple[str, str], Outcome]) -> tuple[list[str], list[str]]:
+    """Rows and columns that there are, in the order of their definition."""
+    rows, layouts = (set(names) for names in zip(*worst, strict=True))
+    return [row for row in ROWS if row in rows], [layout for layout in LAYOUTS if layout in layouts]
+
+
 def markdown(outcomes: list[Outcome], command: str) -> str:
     """The table for a README."""
     worst = worst_outcomes(outcomes)
-    layouts = list(dict.fromkeys(layout for _, layout in worst))
+    rows, layouts = _headings(worst)
     lines = [f"| objective | {' | '.join(layouts)} |", f"|---{'|---' * len(layouts)}|"]
-    for row in dict.fromkeys(row for row, _ in worst):
+    for row in rows:
         cells = [_cell(worst.get((row, layout))) for layout in layouts]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"- {line}" for line in summary_lines(outcomes, command)), ""])
@@ -286,12 +292,12 @@ def markdown(outcomes: list[Outcome], command: str) -> str:
 def print_table(outcomes: list[Outcome], command: str) -> None:
     """The same on a terminal, failures in red and explained."""
     worst = worst_outcomes(outcomes)
-    layouts = list(dict.fromkeys(layout for _, layout in worst))
+    rows, layouts = _headings(worst)
     table = Table(title="Parity matrix")
     table.add_column("objective")
     for layout in layouts:
         table.add_column(layout, justify="right")
-    for row in dict.fromkeys(row for row, _ in worst):
+    for row in rows:
         cells = []
         for layout in layouts:
             outcome = worst.get((row, layout))

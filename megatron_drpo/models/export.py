@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from megatron_drpo.hf_io import HfWriter
 from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.sharded import LocalShard, iter_local_shards
 
+_POLL_S = 0.0002
 TensorOf = Callable[[torch.Tensor], torch.Tensor]
 """A tensor of a parameter's shape that belongs to it, such as its gradient."""
 
@@ -116,8 +118,7 @@ class HfExporter:
     def _send(self, bucket: int, of: TensorOf | None, dtype: torch.dtype) -> None:
         flat = torch.cat([source.values(of).reshape(-1).to(dtype) for source in self._sources[bucket]])
         # NCCL allows a batch between some ranks of a group only after a collective of all: the plan's gather.
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, 0)]):
-            work.wait()
+        _wait(dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, 0)]))
 
     def _receive(self, bucket: int, of: TensorOf | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         flats: dict[int, torch.Tensor] = {}
@@ -133,8 +134,7 @@ class HfExporter:
         }
         for piece, source in zip(self._pieces_of_rank[0][bucket], self._sources[bucket], strict=True):
             tensors[piece.hf_name][(piece.rows, *piece.columns)] = source.values(of)
-        for work in works:
-            work.wait()
+        _wait(works)
         for rank, flat in flats.items():
             pieces = self._pieces_of_rank[rank][bucket]
             parts = flat.split([piece.num_elements for piece in pieces])
@@ -142,6 +142,19 @@ class HfExporter:
                 target = tensors[piece.hf_name][(piece.rows, *piece.columns)]
                 target.copy_(part.view(target.shape))
         return tensors
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    """For the transfers themselves.
+
+    NCCL's `wait` holds up a stream only: the sender would go on, and hold the memory of all its buckets,
+    whose time limits run from the moment they are queued, while the receiver is busy with the first.
+    """
+    for work in works:
+        work.wait()
+    for work in works:
+        while not work.is_completed():
+            time.sleep(_POLL_S)
 
 
 def _split_into_buckets(mapping: ParameterMapping, max_elements: int) -> list[list[str]]:

@@ -23,6 +23,7 @@ from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.platform.base import Platform
 from megatron_drpo.platform.cuda import has_apex_weight_gradients
 from megatron_drpo.policy.layers import PackedAttention, RMSNorm
+from megatron_drpo.policy.overrides import convert_overrides
 from megatron_drpo.policy.te_repairs import mark_expert_weights, output_layer_without_apex
 
 _REFUSALS = (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
@@ -96,7 +97,7 @@ def build_transformer_config(
             config.policy.recompute, has_grouped_experts=use_te and architecture.moe is not None
         ),
     )
-    values.update(config.policy.megatron_overrides)
+    values.update(convert_overrides(config.policy.megatron_overrides))
     try:
         return TransformerConfig(**values)
     except _REFUSALS as error:

@@ -2,6 +2,8 @@
 
 Only after a loss or a gradient norm that is not finite, on all ranks together. Forward pass, loss and
 backward pass are watched; the first place along their way is the culprit, the others follow from it.
+Activations are recomputed as in the update, and a look at a tensor makes one number per row: the memory that
+sufficed for the update suffices here.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_drpo.errors import NumericsError
 from megatron_drpo.losses.tokens import LossTokens
@@ -78,23 +81,21 @@ class _Watch:
         self.findings: list[Finding] = []
         self._policy = policy
         self._current: MicroBatch | None = None
+        self._begun: dict[int, MicroBatch] = {}
+        """By the identity of their cu_seqlens."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on all layers; without recomputation, so that each layer runs once per micro-batch."""
-        config = self._policy.transformer_config
-        granularity, config.recompute_granularity = config.recompute_granularity, None
-        try:
-            with ExitStack() as stack:
-                for chunk in self._policy.chunks:
-                    for name, depth, module in _places(unwrap(chunk)):
-                        stack.callback(module.register_forward_hook(self._hook(name, depth)).remove)
-                yield
-        finally:
-            config.recompute_granularity = granularity
+        """Hooks on all layers."""
+        with ExitStack() as stack:
+            for chunk in self._policy.chunks:
+                for name, depth, module in _places(unwrap(chunk)):
+                    hook = module.register_forward_hook(self._hook(name, depth), with_kwargs=True)
+                    stack.callback(hook.remove)
+            yield
 
     def begins(self, micro_batch: MicroBatch) -> None:
-        self._current = micro_batch
+        self._current = self._begun[id(micro_batch.cu_seqlens)] = micro_batch
 
     def sees(
         self, micro_batch: MicroBatch, rows: LossRows, tokens: LossTokens, entropy_N: torch.Tensor
@@ -111,15 +112,15 @@ class _Watch:
         for chunk in self._policy.chunks:
             numbers = {f"layers.{i}.": f"layers.{n}." for i, n in _layer_numbers(unwrap(chunk))}
             for name, parameter in unwrap(chunk).named_parameters():
-                if not torch.isfinite(vars(parameter)["main_grad"]).all():
+                if not torch.isfinite(_largest(vars(parameter)["main_grad"].flatten(), 0)):
                     match = re.search(r"layers\.\d+\.", name)
                     where = name.replace(match[0], numbers[match[0]]) if match else name
                     self._report(_WEIGHT_GRADIENT, 0, f"the gradient of {where}", ())
 
     def _hook(self, name: str, depth: int) -> Any:
-        def look(_: torch.nn.Module, __: object, output: Any) -> None:
+        def look(_: torch.nn.Module, __: object, kwargs: dict[str, Any], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            micro_batch = self._current
+            micro_batch = self._micro_batch(kwargs.get("packed_seq_params"))
             if micro_batch is None:
                 return
             self._look(_FORWARD, depth, f"the output of {name}", hidden.detach(), micro_batch)
@@ -133,11 +134,15 @@ class _Watch:
 
         return look
 
+    def _micro_batch(self, packed: PackedSeqParams | None) -> MicroBatch | None:
+        """What a layer works on: in the backward pass, where it is recomputed, not the one begun last."""
+        return self._current if packed is None else self._begun.get(id(packed.cu_seqlens_q), self._current)
+
     def _look(
         self, phase: int, depth: int, where: str, values: torch.Tensor, micro_batch: MicroBatch
     ) -> None:
         """[T or T / tp, 1, H] hidden states or their gradients."""
-        rows = (~torch.isfinite(values)).flatten(1).any(1).nonzero()[:, 0]
+        rows = (~torch.isfinite(_largest(values.flatten(1), 1))).nonzero()[:, 0]
         if not len(rows):
             return
         if self._policy.config.parallel.sequence_parallel:
@@ -147,6 +152,11 @@ class _Watch:
     def _report(self, phase: int, depth: int, where: str, sequence_ids: tuple[int, ...]) -> None:
         parallel = self._policy.parallel
         self.findings.append(Finding(phase, depth, parallel.rank, parallel.data_rank, where, sequence_ids))
+
+
+def _largest(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest absolute value, NaN if there is one; unlike `isfinite` without tensors of the same size."""
+    return torch.linalg.vector_norm(values, ord=torch.inf, dim=dim)
 
 
 def _places(model: PolicyModel) -> Iterator[tuple[str, int, torch.nn.Module]]:

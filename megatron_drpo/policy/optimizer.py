@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.transformer import MegatronModule
 
 from megatron_drpo.config import Dtype, OptimizerConfig, Schedule
+from megatron_drpo.policy.optimizer_state import restore_state, save_state, wanted_state
 
 
 def build_optimizer(
@@ -96,20 +97,19 @@ def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOpti
 
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool
-) -> list[dict[int, Any]]:
-    """Main parameters and both moments, each keyed `optimizer.state.<which>.<global parameter name>`.
+) -> dict[str, Any]:
+    """Collective. Main parameters and both moments, keyed `optimizer.state.<which>.<global parameter name>`:
+    for saving those that this rank saves, for loading those that it reads, see `optimizer_state.py`.
 
     Global names make the state independent of the layout: how many optimizers are chained (Megatron prefixes
     their keys with an index, so that EP > 1 and EP = 1 could not read each other) does not show in it.
     `model_state` is the sharded state dict of the bare model, its parameters as data.
     """
-    states: list[dict[int, Any]] = []
-    for part in distributed_optimizers(optimizer):
+    parts = distributed_optimizers(optimizer)
+    for part in parts:
         if is_loading or not part.optimizer.state:
             _create_state(part)
-        state = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={})
-        states.append(cast(dict[int, Any], state))
-    return states
+    return wanted_state(parts, model_state) if is_loading else save_state(parts, model_state)
 
 
 def _create_state(part: DistributedOptimizer) -> None:
@@ -144,21 +144,19 @@ def optimizer_step_count(optimizer: MegatronOptimizer) -> int:
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: MegatronOptimizer, states: list[dict[int, Any]], step: int) -> None:
-    """Put loaded state back, in place.
+def load_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], loaded: dict[str, Any], step: int
+) -> None:
+    """Collective. Put loaded state back, in place; `loaded` is emptied.
 
-    torch's AdamW keeps `step` beside each parameter's moments. Megatron's loader would copy it from a state
-    that does not hold it, and shares one tensor among all parameters, which then counts once per
-    parameter: it is taken out before, and put back as one tensor per parameter.
+    torch's AdamW keeps `step` beside each parameter's moments, as a tensor per parameter.
     """
-    for part, state in zip(distributed_optimizers(optimizer), states, strict=True):
-        torch_states = part.optimizer.state.values()
-        with_step = [entry for entry in torch_states if "step" in entry]
-        for entry in with_step:
-            del entry["step"]
-        part.load_parameter_state_from_fully_reshardable(state)
-        for entry in with_step:
-            entry["step"] = torch.tensor(float(step))
+    parts = distributed_optimizers(optimizer)
+    restore_state(parts, model_state, loaded)
+    for part in parts:
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.tensor(float(step))
         for group in part.optimizer.param_groups:
             if "step" in group:
                 group["step"] = step

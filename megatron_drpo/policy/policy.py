@@ -288,16 +288,20 @@ class Policy:
         return self.exporter.tensors()
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Model and optimizer as Megatron's sharded tensors, under layout-independent names."""
-        model = {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+        """Model and optimizer as Megatron's sharded tensors, under layout-independent names. Collective."""
+        model = self._model_state()
         optimizer = sharded_optimizer_state(self.optimizer, model, is_loading=is_loading)
         return {**model, "optimizer": optimizer}
 
+    def _model_state(self) -> dict[str, Any]:
+        return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+
     def load_state(self, state: dict[str, Any], *, optimizer_step: int, num_updates: int) -> None:
-        """The inverse of `sharded_state`, from the loaded tensors."""
+        """The inverse of `sharded_state`, from the loaded tensors. Collective."""
         for i, chunk in enumerate(self.chunks):
             unwrap(chunk).load_state_dict(state[f"model{i}"])
-        load_optimizer_state(self.optimizer, state["optimizer"], optimizer_step)
+        owned = state.get("optimizer", {})  # nothing where this rank owns nothing
+        load_optimizer_state(self.optimizer, self._model_state(), owned, optimizer_step)
         self.num_updates = num_updates
 
     @property

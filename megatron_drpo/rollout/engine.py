@@ -21,6 +21,7 @@ from megatron_drpo.rollout.pool import ServerPool
 from megatron_drpo.rollout.retry import retry_while_unavailable
 from megatron_drpo.rollout.sample import Sample, sample_seed_key
 from megatron_drpo.rollout.sampler import Sampler
+from megatron_drpo.rollout.time_limits import startup_limit_s
 from megatron_drpo.types import Prompt, Rollout, RolloutGroup
 
 if TYPE_CHECKING:
@@ -111,6 +112,14 @@ class RolloutEngine:
                 await run_all(_check_deterministic(client, limit_s) for client in new)
 
         self._loop.run(set_servers())
+
+    def expect_update(self) -> None:
+        """The servers are given weights, and may generate nothing until `set_servers`."""
+
+        async def expect_update() -> None:
+            self._pool.expect_update()
+
+        self._loop.run(expect_update())
 
     def interrupt(self) -> None:
         """End all requests with the tokens they have; they go on from there after the next `set_servers`."""
@@ -319,7 +328,8 @@ def wait_until_ready(config: RolloutConfig, endpoints: Sequence[str]) -> None:
                 )
                 for url in endpoints
             ]
-            deadline = time.monotonic() + config.startup_timeout_s
+            limit_s = startup_limit_s(config)
+            deadline = time.monotonic() + limit_s
             while True:
                 found = {client: await client.health_problem() for client in waiting}
                 problems = {client: error for client, error in found.items() if error is not None}
@@ -333,7 +343,7 @@ def wait_until_ready(config: RolloutConfig, endpoints: Sequence[str]) -> None:
                     names = ", ".join(client.endpoint for client in waiting)
                     raise RolloutError(
                         f"rollout server {names}: /health did not answer within "
-                        f"{config.startup_timeout_s:g} s: {'; '.join(map(str, problems.values()))}"
+                        f"{limit_s:g} s: {'; '.join(map(str, problems.values()))}"
                     )
                 await asyncio.sleep(_POLL_S)
 

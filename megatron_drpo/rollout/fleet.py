@@ -12,8 +12,17 @@ from typing import Self
 
 from megatron_drpo.config import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.fleet_state import FLEET_FILE, FleetState, ServerState, ServerStatus, yield_file
+from megatron_drpo.rollout.fleet_state import (
+    FLEET_FILE,
+    FleetState,
+    ServerState,
+    ServerStatus,
+    read_updates,
+    update_file,
+    yield_file,
+)
 from megatron_drpo.rollout.server_process import Server, StartServer, server_name
+from megatron_drpo.rollout.time_limits import startup_limit_s
 
 _POLL_S = 0.1
 _START_POLL_S = 0.5
@@ -69,7 +78,7 @@ class Fleet:
                 log. None is left running then.
         """
         (self.path.parent / "logs").mkdir(parents=True, exist_ok=True)
-        yield_file(self.path).unlink(missing_ok=True)
+        self._forget_announcements()
         try:
             for keeper in self._keepers:
                 keeper.start()
@@ -96,7 +105,11 @@ class Fleet:
         for keeper in self._keepers:
             keeper.join()
         self.path.unlink(missing_ok=True)
-        yield_file(self.path).unlink(missing_ok=True)
+        self._forget_announcements()
+
+    def _forget_announcements(self) -> None:
+        for announcement in (yield_file(self.path), update_file(self.path)):
+            announcement.unlink(missing_ok=True)
 
     def _publish(self, change: Callable[[], None]) -> None:
         with self._lock:
@@ -122,7 +135,8 @@ class _Keeper:
         name = server_name(index)
         log_path = Path(run_dir) / "logs" / f"{name.replace(' ', '_')}.log"
         self._index = index
-        self._yield_file = yield_file(Path(run_dir) / FLEET_FILE)
+        self._fleet_file = Path(run_dir) / FLEET_FILE
+        self._yield_file = yield_file(self._fleet_file)
         self.state = ServerState(name=name, log=str(log_path))
         self.failure = ""
         """The latest failure, with the end of the log."""
@@ -209,7 +223,7 @@ class _Keeper:
             self._server = None
 
     def _wait_until_up(self, server: Server) -> str:
-        limit_s = self._config.startup_timeout_s
+        limit_s = startup_limit_s(self._config)
         deadline = time.monotonic() + limit_s
         while not self._stopping.wait(_START_POLL_S):
             if (code := server.exit_code()) is not None:
@@ -236,7 +250,10 @@ class _Keeper:
                 continue
             if time.monotonic() - checked < fleet.health_interval_s:
                 continue
-            remaining = healthy + fleet.health_timeout_s - time.monotonic()
+            updated = self._updated(server.endpoint)
+            if updated > time.monotonic():  # it may not generate before it has its weights
+                continue
+            remaining = max(healthy, updated) + fleet.health_timeout_s - time.monotonic()
             if remaining <= 0:
                 limit_s = fleet.health_timeout_s
                 return f"hangs: it generated nothing for rollout.fleet.health_timeout_s={limit_s:g}"
@@ -245,6 +262,11 @@ class _Keeper:
                 healthy = checked = time.monotonic()
                 self._change(ServerStatus.up, last_healthy=time.time())
         return ""
+
+    def _updated(self, endpoint: str) -> float:
+        """`time.monotonic()` when the server's latest weight update is, or was, over."""
+        over = read_updates(self._fleet_file).get(endpoint, 0.0)
+        return time.monotonic() + over - time.time()
 
     def _change(self, status: ServerStatus, **values: object) -> None:
         def change() -> None:

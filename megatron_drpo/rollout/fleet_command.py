@@ -15,6 +15,7 @@ from megatron_drpo.errors import ConfigError, RolloutError
 from megatron_drpo.lifetime import ends_in_order_on_sigterm
 from megatron_drpo.rollout.fleet_state import FLEET_FILE, ServerState, find_owner, read_fleet
 from megatron_drpo.rollout.launch import build_fleet, starts_fleet
+from megatron_drpo.rollout.time_limits import startup_limit_s, weights_bytes
 
 _POLL_S = 0.5
 _STOP_TIMEOUT_S = 30.0
@@ -38,6 +39,9 @@ def up(config: Config, stop: threading.Event | None = None) -> None:
     path = Path(config.run_dir) / FLEET_FILE
     if path.exists() and find_owner(read_fleet(path)) is not None:
         raise ConfigError(f"fleet up: {path} belongs to a fleet that runs; `megatron-drpo fleet down {path}`")
+    config.rollout.startup_timeout_s = startup_limit_s(
+        config.rollout, weights_bytes(config.policy.model_path)
+    )
     with ends_in_order_on_sigterm(lambda: "its servers have ended, too"):
         _run(config, path, stop)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,43 @@ from megatron_drpo.errors import RolloutError
 
 FLEET_FILE = "fleet.json"
 _YIELD_FILE = "servers_yield"
+_UPDATE_FILE = "servers_update.json"
+_UPDATE_KEPT_S = 3600.0
+"""For how long an update that is over is remembered."""
 
 
 def yield_file(fleet_file: str | Path) -> Path:
     """While this file is there the trainer has the servers' devices (rollout.colocated): the owner of the
     fleet starts none and asks none to generate."""
     return Path(fleet_file).with_name(_YIELD_FILE)
+
+
+def update_file(fleet_file: str | Path) -> Path:
+    """Where the trainer says which servers are given weights."""
+    return Path(fleet_file).with_name(_UPDATE_FILE)
+
+
+def announce_update(fleet_file: str | Path, endpoints: Iterable[str], until: float) -> None:
+    """Tell the fleet's owner that these servers are given weights until some time: they may generate nothing
+    until then. Their update is over when that time has come.
+
+    Args:
+        until: Unix seconds.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    known = {e: end for e, end in read_updates(fleet_file).items() if end > time.time() - _UPDATE_KEPT_S}
+    _replace(update_file(fleet_file), known | dict.fromkeys(endpoints, until))
+
+
+def read_updates(fleet_file: str | Path) -> dict[str, float]:
+    """Endpoint -> Unix seconds when the latest update of its weights is, or was, over."""
+    try:
+        values = json.loads(update_file(fleet_file).read_text())
+        return {str(endpoint): float(end) for endpoint, end in values.items()}
+    except (OSError, ValueError, AttributeError, TypeError):  # there was none, or it is not ours
+        return {}
 
 
 class ServerStatus(StrEnum):
@@ -79,10 +111,13 @@ class FleetState:
     def write(self, path: str | Path) -> None:
         """Replace the file at once: a reader sees the old or the new state."""
         self.updated = time.time()
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.replace(path)
+        _replace(Path(path), asdict(self))
+
+
+def _replace(path: Path, values: Mapping[str, object]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.replace(path)
 
 
 def find_owner(fleet: FleetState) -> psutil.Process | None:

@@ -81,6 +81,8 @@ class ServerPool:
         self._held_since: float | None = None
         self._held_s = 0.0
         """Without the hold of now."""
+        self._is_updating = False
+        self._num_updates = 0
         self._watching: asyncio.Task[None] | None = None
         self._lifting: dict[PooledServer, asyncio.Task[None]] = {}
 
@@ -103,6 +105,7 @@ class ServerPool:
             if server.retry_at <= now:
                 server.suspended = ""
         self._held_s, self._held_since = now - self.clock(), None
+        self._is_updating = False
         self._changed.set()
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
@@ -134,6 +137,11 @@ class ServerPool:
         """Give out no server, and ask none to generate, until `set_servers`."""
         if self._held_since is None:
             self._held_since = time.monotonic()
+
+    def expect_update(self) -> None:
+        """All servers are given weights: ask none to generate until `set_servers`."""
+        self._is_updating = True
+        self._num_updates += 1
 
     def clock(self) -> float:
         """Seconds that go by while servers are given out, and stand still during a hold."""
@@ -217,7 +225,7 @@ class ServerPool:
         elsewhere."""
         while True:
             await asyncio.sleep(self._config.fleet.health_interval_s)
-            if self._is_held:
+            if self._is_held or self._is_updating:
                 continue
             busy = [
                 server for server in self._servers.values() if server.num_in_flight and not server.suspended
@@ -225,7 +233,10 @@ class ServerPool:
             await asyncio.gather(*(self._check(server) for server in busy))
 
     async def _check(self, server: PooledServer) -> None:
+        before = self._num_updates
         if await self._generates(server) or self._servers.get(server.endpoint) is not server:
+            return
+        if self._num_updates != before:  # an update kept it from generating
             return
         successor = PooledServer(self._build_client(server.endpoint), suspended="it generates nothing")
         self._servers[server.endpoint] = successor
@@ -248,7 +259,7 @@ class ServerPool:
             await asyncio.sleep(max(backoff.next_s(), server.retry_at - time.monotonic()))
             if not server.suspended or self._servers.get(server.endpoint) is not server:
                 return
-            if self._is_held or server.retry_at > time.monotonic():
+            if self._is_held or self._is_updating or server.retry_at > time.monotonic():
                 continue
             if await self._generates(server):
                 server.suspended = ""

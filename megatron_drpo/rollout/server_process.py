@@ -16,7 +16,9 @@ import httpx
 
 from megatron_drpo.config import Dtype, RolloutConfig, RoutingReplay
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.rollout.nccl_environment import build_nccl_environment
 from megatron_drpo.rollout.run_sglang import API_KEY
+from megatron_drpo.rollout.time_limits import startup_limit_s
 
 _NUM_LOG_LINES = 20
 _KILL_TIMEOUT_S = 10.0
@@ -25,6 +27,9 @@ _SGLANG_SCRIPT = Path(__file__).with_name("run_sglang.py")
 _SGLANG_ON_CPU = Path(__file__).parents[1] / "platform" / "sglang_cpu"
 _CPU_MAX_TOTAL_TOKENS = 16384
 """SGLang would take most of the machine's memory for its cache."""
+_MIN_WATCHDOG_S = 300.0
+"""SGLang's own default. It ends a server that makes no progress for so long amid requests, which is also one
+that loads new weights from a disk; that takes no longer than the start did."""
 NO_VERSION = "-1"
 """Of weights that no trainer has sent; what a server has when it starts."""
 
@@ -167,6 +172,7 @@ def start_sglang(
         *("--model-path", model.path, "--dtype", _DTYPE_NAMES[model.dtype]),
         *("--host", sglang.host, "--port", str(port), "--tp-size", str(sglang.tensor_parallel_size)),
         *("--weight-version", NO_VERSION, "--skip-server-warmup"),
+        *("--watchdog-timeout", f"{max(startup_limit_s(config), _MIN_WATCHDOG_S):.0f}"),
         *(_cpu_arguments() if first_gpu is None else _gpu_arguments(config, first_gpu, index)),
         *_given("--context-length", sglang.context_length),
         *_given("--max-total-tokens", sglang.max_total_tokens or (_CPU_MAX_TOTAL_TOKENS if on_cpu else None)),
@@ -175,7 +181,11 @@ def start_sglang(
         *sglang.arguments,
     ]
     command = [sglang.python, "-P", str(_SGLANG_SCRIPT), str(os.getpid()), *arguments]
-    environment = _cpu_environment(sglang.tensor_parallel_size) if on_cpu else {}
+    environment = (
+        _cpu_environment(sglang.tensor_parallel_size)
+        if on_cpu
+        else build_nccl_environment(sglang.arguments, os.environ)
+    )
     if config.api_key is not None:
         environment[API_KEY] = config.api_key
     process = _start(command, environment, log_path)

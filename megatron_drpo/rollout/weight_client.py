@@ -114,7 +114,7 @@ class WeightClient(SGLangClient):
             [
                 b'{"serialized_named_tensors":["',
                 b'","'.join(payloads),
-                b'"],"flush_cache":false,"weight_version":',
+                b'"],"load_format":"flattened_bucket","flush_cache":false,"weight_version":',
                 version,
                 b"}",
             ]
@@ -167,10 +167,12 @@ class WeightClient(SGLangClient):
         """Have all tensor-parallel ranks leave a broadcast group."""
         await self._update("/destroy_weights_update_group", {"group_name": group_name})
 
-    async def update_weights_from_disk(self, model_path: str, *, weight_version: str) -> None:
-        """Load all weights from an HF folder that the server can read."""
+    async def update_weights_from_disk(
+        self, model_path: str, *, weight_version: str, timeout_s: float
+    ) -> None:
+        """Load all weights from an HF folder that the server can read, within a limit of its own."""
         body = {"model_path": model_path, "flush_cache": False, "weight_version": weight_version}
-        await self._update("/update_weights_from_disk", body)
+        await self._update("/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def weights_checksums(self) -> list[dict[str, str]]:
         """Per tensor-parallel rank: the checksum of every parameter, by the server's own name for it."""
@@ -192,8 +194,8 @@ class WeightClient(SGLangClient):
         """Take these parts back, which must have been released; weights are undefined until an update."""
         await self._post("/resume_memory_occupation", {"tags": tags}, parse=False)
 
-    async def _update(self, path: str, body: Mapping[str, Any]) -> None:
-        _check_success(await self._post(path, body), f"{self.endpoint}{path}")
+    async def _update(self, path: str, body: Mapping[str, Any], **kwargs: Any) -> None:
+        _check_success(await self._post(path, body, **kwargs), f"{self.endpoint}{path}")
 
     async def _request(self, method: str, path: str, **kwargs: Any) -> Any:
         def ask() -> Awaitable[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,14 @@ class Bucket:
             stop = start + shape.numel() * dtype.itemsize
             yield name, self.data[start:stop].view(dtype).view(shape)
             start = stop
+
+    def smallest(self) -> Bucket:
+        """Its smallest tensor alone, in the same memory; one that holds anything, if any does."""
+        sizes = [s.numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        index = min(range(len(sizes)), key=lambda i: sizes[i] or math.inf)
+        start = sum(sizes[:index])
+        data = self.data[start : start + sizes[index]]
+        return Bucket(data, [self.names[index]], [self.dtypes[index]], [self.shapes[index]])
 
 
 class BucketPacker:

@@ -41,8 +41,8 @@ class HfChecksums:
         self._digests: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in one CPU tensor."""
-        self._digests[name] = f"{tensor_digest(name, tensor):016x}"
+        """Take in one tensor."""
+        self._digests[name] = f"{tensor_digest(name, tensor.cpu()):016x}"
 
     def checksums(self) -> list[dict[str, str]]:
         """Of the server's only rank: 16 hexadecimal digits by name."""

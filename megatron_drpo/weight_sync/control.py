@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from megatron_drpo.config import RolloutConfig
+import torch
+
+from megatron_drpo.config import RolloutConfig, WeightSyncConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
-from megatron_drpo.rollout.fleet_state import read_fleet
+from megatron_drpo.rollout.fleet_state import announce_update, read_fleet
+from megatron_drpo.rollout.time_limits import startup_limit_s
 from megatron_drpo.rollout.weight_client import MemoryTag
 from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.path import Absence
@@ -17,6 +20,7 @@ from megatron_drpo.weight_sync.push import NamedTensors, WeightPusher
 _FIRST_PAUSE_S = 1.0
 _MAX_PAUSE_S = 60.0
 _POLL_S = 0.2
+_ANNOUNCE_EVERY_S = 5.0
 
 
 class ServerDirectory(Protocol):
@@ -74,14 +78,17 @@ class FleetControl:
         pusher: WeightPusher,
         memory: ServerMemory | None = None,
         *,
+        step_limit_s: float = WeightSyncConfig.timeout_s,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             memory: with rollout.colocated.
+            step_limit_s: of the longest step of an update.
             clock: seconds, for the pauses of fenced servers.
         """
         self._clock = clock
+        self._step_limit_s = step_limit_s
         self._config = config
         self._memory = memory
         self._pusher = pusher
@@ -153,7 +160,10 @@ class FleetControl:
             refused = self._memory.resume(endpoints, MemoryTag.weights)
             self._fence(refused, "cannot take its memory back")
             endpoints = [endpoint for endpoint in endpoints if endpoint not in refused]
-        report = self._pusher.push(tensors, policy_version, endpoints)
+        try:
+            report = self._pusher.push(self._announced(tensors, endpoints), policy_version, endpoints)
+        finally:
+            self._announce(endpoints, 0.0)
         self.current += report.updated
         for endpoint in report.updated:
             self._num_failures.pop(endpoint, None)
@@ -165,6 +175,25 @@ class FleetControl:
         if not self.current and worst >= self._config.fleet.max_failures:
             reasons = "\n".join(f"{endpoint}: {reason}" for endpoint, reason in report.failed.items())
             raise WeightSyncError(f"no rollout server could be given weights {policy_version}:\n{reasons}")
+
+    def _announced(self, tensors: NamedTensors, endpoints: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors. While they are taken, and for one more step, the fleet's owner knows that these
+        servers are given weights, and may generate nothing."""
+        said_at = -_ANNOUNCE_EVERY_S
+        for item in tensors:
+            if time.monotonic() - said_at >= _ANNOUNCE_EVERY_S:
+                self._announce(endpoints, self._step_limit_s)
+                said_at = time.monotonic()
+            yield item
+        self._announce(endpoints, self._step_limit_s)
+
+    def _announce(self, endpoints: list[str], for_s: float) -> None:
+        if self._config.fleet_file is None:
+            return
+        try:
+            announce_update(self._config.fleet_file, endpoints, time.time() + for_s)
+        except OSError as error:
+            self.messages.append(f"the fleet's owner cannot be told of a weight update: {error}")
 
     def _fence(self, failures: Mapping[str, str], what: str) -> None:
         """These servers do not have the current weights; they get another chance after a pause."""
@@ -178,14 +207,15 @@ class FleetControl:
         self.current = [endpoint for endpoint in self.current if endpoint not in failures]
 
     def _wait_for_servers(self) -> list[str]:
-        deadline = time.monotonic() + self._config.startup_timeout_s
+        limit_s = startup_limit_s(self._config)
+        deadline = time.monotonic() + limit_s
         while not (endpoints := self._directory.endpoints()):
             if self._memory is not None:
                 self._memory.end()  # or the fleet's owner would start none
             if time.monotonic() > deadline:
                 raise RolloutError(
-                    "no rollout server came up within rollout.startup_timeout_s="
-                    f"{self._config.startup_timeout_s:g}; `megatron-drpo fleet status` shows their errors"
+                    f"no rollout server came up within rollout.startup_timeout_s={limit_s:g}; "
+                    "`megatron-drpo fleet status` shows their errors"
                 )
             time.sleep(_POLL_S)
         return endpoints

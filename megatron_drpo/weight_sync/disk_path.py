@@ -15,15 +15,19 @@ class DiskPath:
     """Writes run_dir/weights/version_N, holding one bucket in memory, and deletes older versions once servers
     have the new one. Servers go on generating while the folder is written."""
 
-    def __init__(self, run_dir: str | Path, *, source: str | Path, bucket_bytes: int) -> None:
+    def __init__(
+        self, run_dir: str | Path, *, source: str | Path, bucket_bytes: int, load_limit_s: float
+    ) -> None:
         """
         Args:
             source: the HF folder whose config and tokenizer files go with the weights.
             bucket_bytes: about the size of one weights file.
+            load_limit_s: how long a server may take to load all weights.
         """
         self._root = Path(run_dir).resolve() / "weights"
         self._source = source
         self._bucket_bytes = bucket_bytes
+        self._load_limit_s = load_limit_s
         self._version = ""
         self._writer: HfWriter | None = None
 
@@ -52,7 +56,9 @@ class DiskPath:
     async def finish(self, servers: Sequence[Server]) -> Failures:
         async def step(server: Server) -> None:
             await server.client.pause_generation()
-            await server.client.update_weights_from_disk(str(self._folder), weight_version=self._version)
+            await server.client.update_weights_from_disk(
+                str(self._folder), weight_version=self._version, timeout_s=self._load_limit_s
+            )
 
         failures = await attempt(servers, step)
         if len(failures) < len(servers):

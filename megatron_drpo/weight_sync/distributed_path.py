@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.group import BroadcastGroup, join_group
+from megatron_drpo.weight_sync.nccl import find_unlike
 from megatron_drpo.weight_sync.path import Failures, Server, begin, end
 
 _CLOSE_S = 5.0
@@ -40,6 +42,8 @@ class DistributedPath:
     async def open(self, servers: Sequence[Server], version: str) -> Failures:
         self._version = version
         failures = _embedded(servers)
+        if self._backend == "nccl":
+            failures |= find_unlike(servers, os.environ)
         ready = [server for server in servers if server.endpoint not in failures]
         failures |= await begin(ready)
         ready = [server for server in ready if server.endpoint not in failures]
@@ -57,28 +61,12 @@ class DistributedPath:
         return failures
 
     async def send(self, servers: Sequence[Server], bucket: Bucket) -> Failures:
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes]
-        shapes = [list(shape) for shape in bucket.shapes]
+        version = self._version if bucket.is_last else None
 
         async def send(group: BroadcastGroup) -> None:
-            async def receive(server: Server) -> None:
-                await server.client.update_weights_from_distributed(
-                    names=bucket.names,
-                    dtypes=dtypes,
-                    shapes=shapes,
-                    group_name=group.name,
-                    weight_version=self._version if bucket.is_last else None,
-                )
-
-            work = group.start_broadcast(bucket.data)
-            answers = [
-                *self._answers.pop(group, []),
-                *(asyncio.ensure_future(receive(server)) for server in group.servers),
-            ]
-            self._answers[group] = answers
-            await group.wait(work, answers)
-            if len(group.servers) > 1:
-                await self._collect(group)
+            if not group.is_connected:
+                await self._transfer(group, bucket.smallest(), None)
+            await self._transfer(group, bucket, version)
 
         return await self._at_groups(servers, send)
 
@@ -86,13 +74,32 @@ class DistributedPath:
         failures = await self._at_groups(servers, self._collect)
         return failures | await end([server for server in servers if server.endpoint not in failures])
 
-    async def _collect(self, group: BroadcastGroup) -> None:
-        """Wait for the answers to the buckets that were sent.
+    async def _transfer(self, group: BroadcastGroup, bucket: Bucket, version: str | None) -> None:
+        """Have all servers of a group receive a bucket and load it."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes]
+        shapes = [list(shape) for shape in bucket.shapes]
 
-        A single server loads one bucket and answers while the next is on its way: a broadcast has left only
-        when the server was receiving it, so its request cannot be overtaken by the next one. In a larger
-        group that holds for the first receiver alone, so there every bucket is waited for.
-        """
+        async def receive(server: Server) -> None:
+            await server.client.update_weights_from_distributed(
+                names=bucket.names,
+                dtypes=dtypes,
+                shapes=shapes,
+                group_name=group.name,
+                weight_version=version,
+            )
+
+        # A server takes part in a broadcast once it has this request, and NCCL's first one needs all ranks.
+        answers = [
+            *self._answers.pop(group, []),
+            *(asyncio.ensure_future(receive(server)) for server in group.servers),
+        ]
+        self._answers[group] = answers
+        await group.broadcast(bucket.data, answers)
+        if not group.keeps_order:
+            await self._collect(group)
+
+    async def _collect(self, group: BroadcastGroup) -> None:
+        """Wait for the answers to the buckets that were sent."""
         for answer in self._answers.pop(group, []):
             await answer
 

@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_drpo.errors import RolloutError, WeightSyncError
+from megatron_drpo.weight_sync.nccl import explain
 from megatron_drpo.weight_sync.path import Server
 
 _NUM_ATTEMPTS = 3
 _HANDSHAKE_S = 30.0
-"""Limit of one attempt. On two busy cores a handshake takes about a second; one that has not met by now never
-does, but the next one does."""
+"""Limit of one attempt, and of the first broadcast. On two busy cores a handshake takes about a second; one
+that has not met by now never does, but the next one does."""
 _POLL_S = 0.001
-_KEEP_POLL_S = 0.1
 
 
 class BroadcastGroup:
@@ -41,29 +41,32 @@ class BroadcastGroup:
     ) -> None:
         self.servers = tuple(servers)
         self.name = name
+        self.is_connected = False
+        """A broadcast has arrived. NCCL's ranks meet at the first one, and nothing but a request makes a
+        server take part in it: let that be a small one."""
         self._backend: Any = backend
         self._store = store
         self._timeout_s = timeout_s
-        self._work: dist.Work | None = None
-        """The last broadcast."""
+        self._sending: asyncio.Future[None] | None = None
+        """The last broadcast, in its thread."""
 
     @property
     def endpoints(self) -> frozenset[str]:
         return frozenset(server.endpoint for server in self.servers)
 
-    def start_broadcast(self, data: torch.Tensor) -> dist.Work:
-        """Begin to send a uint8 buffer to all ranks; see `wait`."""
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        options.timeout = timedelta(seconds=self._timeout_s)
-        # The current device belongs to the thread.
-        with torch.cuda.device(data.device) if data.is_cuda else nullcontext():
-            work: dist.Work = self._backend.broadcast([data], options)
-        self._work = work
-        return work
+    @property
+    def keeps_order(self) -> bool:
+        """The next broadcast may be asked for while the server still loads the last: over gloo a broadcast
+        has left only when it was being received, so no request overtakes another.
 
-    async def wait(self, work: dist.Work, watched: Sequence[asyncio.Future[None]]) -> None:
-        """Until a broadcast has left this process; its buffer is free then.
+        In a larger group that holds for the first receiver alone, and NCCL holds back nothing that is small.
+        """
+        return len(self.servers) == 1 and self._backend.name() == "gloo"
+
+    async def broadcast(self, data: torch.Tensor, watched: Sequence[asyncio.Future[None]]) -> None:
+        """Send a uint8 buffer to all ranks; it is free afterwards.
+
+        Runs in a thread: NCCL's first broadcast blocks its caller until all ranks take part.
 
         Args:
             watched: answers of the receivers; one that fails ends the wait with its error.
@@ -71,35 +74,52 @@ class BroadcastGroup:
         Raises:
             RolloutError: a receiver's, or the broadcast failed, or did not finish in time.
         """
+        limit_s = self._timeout_s if self.is_connected else min(_HANDSHAKE_S, self._timeout_s)
         names = ", ".join(sorted(self.endpoints))
-        deadline = time.monotonic() + self._timeout_s
-        while not work.is_completed():
-            for answer in watched:
-                if answer.done():
-                    answer.result()
-            if time.monotonic() > deadline:
-                raise WeightSyncError(f"{names}: a broadcast did not finish within {self._timeout_s:g} s")
-            await asyncio.sleep(_POLL_S)
+        self._sending = _in_thread(_broadcast, self._backend, data, self._timeout_s)
+        sending = asyncio.shield(self._sending)
+        waiting: set[asyncio.Future[None]] = {sending, *watched}
         try:
-            work.wait()
-        except RuntimeError as error:
-            raise WeightSyncError(f"{names}: a broadcast failed: {error}") from error
+            async with asyncio.timeout(limit_s):
+                while not sending.done():
+                    done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    for one in done:
+                        one.result()
+        except TimeoutError as error:
+            which = "a" if self.is_connected else "the first"
+            raise WeightSyncError(
+                f"{names}: {which} broadcast did not finish within {limit_s:g} s"
+            ) from error
+        except RuntimeError as error:  # torch.distributed's errors among them
+            raise WeightSyncError(f"{names}: a broadcast failed: {explain(error)}") from error
+        finally:
+            sending.cancel()  # nobody waits for it any more; the thread goes on
+        self.is_connected = True
 
     def drop(self) -> None:
-        """Let go of the group. One whose last broadcast hangs is kept, by a thread, until that has given up:
-        its end would wait for it, and the exit of the process must not find it ending."""
-        work, backend = self._work, self._backend
-        self._work = self._backend = None
-        if work is None or work.is_completed():
-            return
-        if backend.name() == "nccl":
-            backend.abort()
+        """Let go of the group. One whose last broadcast hangs is kept, by that one's thread, until it has
+        given up: its end would wait for it, and the exit of the process must not find it ending."""
+        backend, sending = self._backend, self._sending
+        self._backend = self._sending = None
+        if sending is not None and not sending.done() and backend.name() != "gloo":
+            threading.Thread(target=backend.abort, name="abort weight group", daemon=True).start()
 
-        def keep(work: dist.Work, backend: Any) -> None:
-            while not work.is_completed():
-                time.sleep(_KEEP_POLL_S)
 
-        threading.Thread(target=keep, args=(work, backend), name="drop weight group", daemon=True).start()
+def _broadcast(backend: Any, data: torch.Tensor, timeout_s: float) -> None:
+    """From beginning to end; the buffer is free then.
+
+    Raises:
+        RuntimeError: torch.distributed's.
+    """
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.timeout = timedelta(seconds=timeout_s)
+    # The current device belongs to the thread.
+    with torch.cuda.device(data.device) if data.is_cuda else nullcontext():
+        work = backend.broadcast([data], options)
+        while not work.is_completed():  # NCCL's wait() blocks a stream, not the thread
+            time.sleep(_POLL_S)
+        work.wait()
 
 
 async def join_group(
@@ -224,5 +244,5 @@ def _in_thread(function: Any, *args: Any) -> asyncio.Future[Any]:
         except RuntimeError:  # the loop is closed: nobody waits any more
             return
 
-    threading.Thread(target=run, name="join weight group", daemon=True).start()
+    threading.Thread(target=run, name="weight group", daemon=True).start()
     return future

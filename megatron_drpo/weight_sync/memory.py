@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from megatron_drpo.config import RolloutConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.fleet_state import ServerStatus, read_fleet, yield_file
+from megatron_drpo.rollout.time_limits import startup_limit_s
 from megatron_drpo.rollout.weight_client import MemoryTag, WeightClient
 from megatron_drpo.weight_sync.path import Failures, reason_of
 
@@ -42,7 +43,7 @@ class ServerMemory:
         if self._config.fleet_file is None:
             return
         yield_file(self._config.fleet_file).touch()
-        deadline = time.monotonic() + self._config.startup_timeout_s
+        deadline = time.monotonic() + startup_limit_s(self._config)
         while any(s.state is ServerStatus.starting for s in read_fleet(self._config.fleet_file).servers):
             if time.monotonic() > deadline:
                 return  # its owner gives it up as well

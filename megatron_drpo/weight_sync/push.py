@@ -1,13 +1,13 @@
 """Send the policy's weights to rollout servers and verify that they arrived.
 
 The calling thread takes the tensors from the policy (a collective of all ranks) and packs the next bucket,
-while a thread of the pusher's own sends the last one. At each server: pause in place -> begin -> buckets ->
-end -> verify -> continue. Requests in flight stay where they are meanwhile and go on with the new weights.
+while threads of the pusher's own hash it and send the last one. At each server: pause in place -> begin ->
+buckets -> end -> verify -> continue. Requests in flight stay where they are meanwhile and go on with the new
+weights.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,13 @@ from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.hf_io import read_hf_config
 from megatron_drpo.rollout.event_loop import EventLoopThread
+from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.weight_sync.bucket import Bucket, BucketPacker, NamedTensors
 from megatron_drpo.weight_sync.disk_path import DiskPath
 from megatron_drpo.weight_sync.distributed_path import DistributedPath
 from megatron_drpo.weight_sync.path import Failures, Server, WeightPath, attempt
 from megatron_drpo.weight_sync.servers import Servers
+from megatron_drpo.weight_sync.source_hash import SourceHasher
 from megatron_drpo.weight_sync.tensor_path import TensorPath
 from megatron_drpo.weight_sync.verify import Checksums, Verification
 
@@ -85,6 +87,8 @@ class WeightPusher:
         self._num_pushed = 0
         self._agreed_version = ""
         self._agreed: Mapping[Any, Checksums] = {}
+        self._known: set[Any] = set()
+        self._hasher = SourceHasher(config.bucket_bytes // 4)
         self._has_noted_unknown = False
         self._loop = EventLoopThread("weight sync")
 
@@ -97,7 +101,15 @@ class WeightPusher:
             endpoints: base URLs of the servers to update now.
         """
         update = _Update(str(policy_version), [], {})
-        sending = self._loop.submit(self._open(update, endpoints))
+        opening = sending = self._loop.submit(self._open(update, endpoints))
+
+        def add(name: str, tensor: torch.Tensor) -> None:
+            opening.result()  # it says what is to be verified
+            if update.verification is not None and not update.all_failed:
+                update.verification.add(name, tensor)
+
+        if self._verifies():
+            tensors = self._hasher.watch(tensors, add)
         try:
             # While one bucket travels the next is gathered, in the other of the packer's buffers.
             for bucket in self._packer.pack(tensors, wanted=lambda: not update.all_failed):
@@ -123,6 +135,12 @@ class WeightPusher:
 
         self._loop.run(close())
         self._loop.close()
+        self._hasher.close()
+
+    def _verifies(self) -> bool:
+        """Whether the checksums of this push are compared."""
+        every = self._config.verify_every
+        return every > 0 and self._num_pushed % every == 0
 
     # ------------------------------------------------------------------------- in the loop's thread
 
@@ -131,22 +149,13 @@ class WeightPusher:
         update.servers, failures = await self._servers.find(urls)
         await self._take(update, failures)
         await self._take(update, await self._path.open(update.servers, update.version))
-        every = self._config.verify_every
-        if every and self._num_pushed % every == 0:
+        if self._verifies():
             agreed = self._agreed if self._agreed_version == update.version else {}
-            update.verification = Verification(update.servers, self._model_config, agreed)
+            update.verification = Verification(update.servers, self._model_config, agreed, self._known)
 
     async def _send(self, update: _Update, bucket: Bucket) -> None:
-        verification = update.verification
-        if not update.servers:
-            return
-        if verification is None:
+        if update.servers:
             await self._take(update, await self._path.send(update.servers, bucket))
-            return
-        # Hashing takes as long as sending, and leaves the interpreter free meanwhile.
-        hashing = asyncio.to_thread(verification.add_all, bucket.tensors())
-        failures, _ = await asyncio.gather(self._path.send(update.servers, bucket), hashing)
-        await self._take(update, failures)
 
     async def _finish(self, update: _Update) -> list[str]:
         """The steps after the last bucket; returns the notes."""
@@ -182,7 +191,7 @@ class WeightPusher:
             return []
         self._has_noted_unknown = True
         return [
-            f"the weights of {', '.join(verification.unknown)} lie in a layout that is not known here: their "
+            f"weights of {', '.join(verification.unknown)} lie in a layout that is not known here: their "
             "checksums are compared with each other only"
         ]
 
@@ -193,7 +202,13 @@ def _build_path(
     if config.path is WeightSyncPath.tensor:
         return TensorPath()
     if config.path is WeightSyncPath.disk:
-        return DiskPath(run_dir, source=model_path, bucket_bytes=config.bucket_bytes)
+        return DiskPath(
+            run_dir,
+            source=model_path,
+            bucket_bytes=config.bucket_bytes,
+            load_limit_s=reload_limit_s(config),
+        )
+    assert config.path is WeightSyncPath.distributed  # `resolve_config` leaves no auto
     return DistributedPath(
         host=config.host,
         backend="nccl" if device.type == "cuda" else "gloo",

@@ -3,10 +3,10 @@
 SGLang's /weights_checker hashes every parameter of every tensor-parallel rank as it lies there: q, k and v
 in one matrix, gate and up in one, all experts in one, each rank its own shard. On a CPU the hash is the first
 8 bytes of SHA-256 (`tensor_hash` of
-https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/managers/mm_utils.py), which can be fed
-piece by piece, so no fused matrix is ever built here. The layouts are those of SGLang's
-models/{qwen3_moe,qwen3,qwen2,llama}.py with layers/linear.py, layers/moe/fused_moe_triton/layer.py,
-layers/vocab_parallel_embedding.py and configs/update_config.py.
+https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/managers/mm_utils.py), on a GPU that of
+`gpu_hash.py`. Both can be fed piece by piece, so no fused matrix is ever built here. The layouts are those
+of SGLang's models/{qwen3_moe,qwen3,qwen2,llama}.py with layers/linear.py,
+layers/moe/fused_moe_triton/layer.py, layers/vocab_parallel_embedding.py and configs/update_config.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.rollout.weight_client import ServerInfo
+from megatron_drpo.weight_sync.gpu_hash import GpuDigest
 
 _MODEL_TYPES = ("qwen3_moe", "qwen3", "qwen2", "llama")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,19 +42,28 @@ class Layout:
     dtype: torch.dtype
     num_experts: int
     """0: none."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every parameter lies as is assumed here. On GPUs some kernels want the weights of experts
+        in an order of their own; which one SGLang takes depends on the GPU."""
+        return self.device == "cpu"
 
 
 def known_layout(info: ServerInfo, config: HfConfig) -> Layout | None:
     """How a server holds the model of `config`; None where that is not known here.
 
-    Known are plain CPU servers. On GPUs SGLang hashes with a kernel of its own, and quantised, packed (AMX)
-    or otherwise distributed weights have other bytes.
+    Known are plain servers. Quantised, packed (AMX) or otherwise distributed weights have other bytes.
     """
     arguments = info.arguments
     plain = {"quantization": None, "pp_size": 1, "dp_size": 1, "ep_size": 1, "enable_dp_attention": False}
     if any(arguments.get(key, value) != value for key, value in plain.items()):
         return None
-    if info.device != "cpu" or arguments.get("attention_backend") == "intel_amx" or info.dtype not in _DTYPES:
+    if arguments.get("attention_backend") == "intel_amx" or info.dtype not in _DTYPES:
+        return None
+    if info.device not in ("cpu", "cuda"):
         return None
     if config.get("model_type", str, "") not in _MODEL_TYPES:
         return None
@@ -63,14 +73,34 @@ def known_layout(info: ServerInfo, config: HfConfig) -> Layout | None:
         return None  # SGLang pads heads then
     # transformers 5 writes `num_local_experts` for what earlier versions call `num_experts`.
     num_experts = config.get("num_local_experts", int, config.get("num_experts", int, 0))
-    return Layout(info.tp_size, _DTYPES[info.dtype], num_experts)
+    sizes = [config.get(key, int, 0) for key in ("intermediate_size", "moe_intermediate_size")]
+    sizes.append(_padded(config.get("vocab_size", int), _VOCAB_MULTIPLE))
+    if info.device == "cuda" and any(size % info.tp_size for size in sizes):
+        return None  # only on CPUs are all of them padded
+    return Layout(info.tp_size, _DTYPES[info.dtype], num_experts, info.device)
+
+
+class _Sha256Digest:
+    """Of a parameter of a server on a CPU."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, tensor: torch.Tensor) -> None:
+        self._digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()[:16]
 
 
 @dataclass(slots=True)
 class _Hash:
     """One parameter of all ranks: its pieces in order, whatever the order they come in."""
 
-    digests: list[hashlib._Hash]
+    digests: list[_Sha256Digest | GpuDigest]
     """One per rank."""
     num_pieces: int
     num_done: int = 0
@@ -83,15 +113,18 @@ class _Hash:
             return
         while True:
             for digest, shard in zip(self.digests, shards, strict=True):
-                digest.update(shard.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(shard)
             self.num_done += 1
+            if self.num_done == self.num_pieces:
+                for digest in self.digests:
+                    digest.finish()
             if self.num_done not in self.early:
                 return
             shards = self.early.pop(self.num_done)
 
 
 class ServedChecksums:
-    """Takes in every tensor of the model, on the CPU, then has the checksums of all ranks."""
+    """Takes in every tensor of the model, on any device, then has the checksums of all ranks."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -128,7 +161,7 @@ class ServedChecksums:
                     f"the policy exported {hashed.num_done} of {hashed.num_pieces} parts of {name}"
                 )
         return [
-            {name: hashed.digests[rank].hexdigest()[:16] for name, hashed in self._hashes.items()}
+            {name: hashed.digests[rank].hexdigest() for name, hashed in self._hashes.items()}
             for rank in range(self._layout.tp_size)
         ]
 
@@ -142,12 +175,13 @@ class ServedChecksums:
 
     def _piece(self, name: str, turn: int, num_pieces: int, shards: list[torch.Tensor]) -> None:
         if name not in self._hashes:
-            digests = [hashlib.sha256() for _ in range(self._layout.tp_size)]
-            self._hashes[name] = _Hash(digests, num_pieces)
+            build = _Sha256Digest if self._layout.device == "cpu" else GpuDigest
+            self._hashes[name] = _Hash([build() for _ in range(self._layout.tp_size)], num_pieces)
         self._hashes[name].add(turn, shards)
 
     def _intermediate(self, tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        return self._shards(tensor, dim, multiple=_INTERMEDIATE_MULTIPLE * self._layout.tp_size)
+        padding = _INTERMEDIATE_MULTIPLE * self._layout.tp_size if self._layout.device == "cpu" else 1
+        return self._shards(tensor, dim, multiple=padding)
 
     def _vocabulary(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         divides = _padded(len(tensor), _VOCAB_MULTIPLE) % self._layout.tp_size == 0

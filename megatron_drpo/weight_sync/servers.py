@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.weight_client import WeightClient
 from megatron_drpo.weight_sync.path import Failures, Server, reason_of
+from megatron_drpo.weight_sync.quantised import refuse_quantised
 
 
 class Servers:
@@ -19,13 +20,15 @@ class Servers:
         self._known: dict[str, Server] = {}
 
     async def find(self, endpoints: Sequence[str]) -> tuple[list[Server], Failures]:
-        """The servers at some endpoints, and why others are none."""
+        """The servers at some endpoints that can be given weights, and why others cannot."""
         failures: Failures = {}
 
         async def ask(endpoint: str) -> None:
             client = WeightClient(endpoint, timeout_s=self._timeout_s, api_key=self._api_key)
             try:
-                self._known[endpoint] = Server(client, await client.read_info())
+                info = await client.read_info()
+                refuse_quantised(info, client.endpoint)
+                self._known[endpoint] = Server(client, info)
             except RolloutError as error:
                 failures[endpoint] = reason_of(error)
                 await client.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -19,21 +20,29 @@ _Kind = tuple[str, int, str, str]
 
 
 class Verification:
-    """Of one update. Sees every tensor that is sent; then compares with what the servers say.
+    """Of one update. Sees every tensor that is to be sent; then compares with what the servers say.
 
-    A server whose layout is known must have exactly the checksums computed here. The others of one kind (the
-    same tensor-parallel size, device, dtype and quantisation) must agree with each other, and with what their
-    kind had after an earlier update to the same version.
+    A server whose layout is known must have exactly the checksums computed here. Where it is only assumed
+    (GPUs), that holds for every sort of parameters (the same name in all layers) of which one has its
+    checksum, or had it after an earlier update; the others lie otherwise. The servers of one kind (the same
+    tensor-parallel size, device, dtype and quantisation) with parameters that lie otherwise must agree with
+    each other, and with what their kind had after an earlier update to the same version.
     """
 
     def __init__(
-        self, servers: Sequence[Server], config: HfConfig, agreed: Mapping[_Kind, Checksums] | None = None
+        self,
+        servers: Sequence[Server],
+        config: HfConfig,
+        agreed: Mapping[_Kind, Checksums] | None = None,
+        known: set[tuple[_Kind, str]] | None = None,
     ) -> None:
         """
         Args:
             config: of the model.
             agreed: `agreed` of the verification of an earlier update to the same version.
+            known: sorts of parameters that had their checksums after any earlier update; grows.
         """
+        self._known = set() if known is None else known
         self._layouts = {server.endpoint: _layout(server.info, config) for server in servers}
         self._expected: dict[Layout | None, ServedChecksums | HfChecksums] = {}
         for server in servers:
@@ -45,20 +54,12 @@ class Verification:
         self.agreed: dict[_Kind, Checksums] = dict(agreed or {})
         """What the servers of each kind whose layout is not known have."""
         self.unknown: list[str] = []
-        """Servers that could be compared with each other only; complete after `compare`."""
+        """Servers that could be compared with each other only, in part at least; complete after `compare`."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in a tensor as it is sent."""
-        if not self._expected:
-            return
-        tensor = tensor.cpu()
+        """Take in a tensor, on any device, as the policy gives it."""
         for expected in self._expected.values():
             expected.add(name, tensor)
-
-    def add_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take in the tensors of a bucket."""
-        for name, tensor in tensors:
-            self.add(name, tensor)
 
     async def compare(self, servers: Sequence[Server]) -> Failures:
         """Ask the servers for their checksums; those that have other weights fail."""
@@ -78,11 +79,25 @@ class Verification:
                 peers.append(server)
                 continue
             assert wanted is not None
-            reason = _difference(has, wanted)
+            unknown = self._unknown_sorts(server, has, wanted)
+            reason = _difference(has, wanted, unknown)
             if reason is not None:
                 failures[server.endpoint] = f"{server.endpoint}: {reason}"
+            elif unknown:
+                peers.append(server)
         self.unknown = [server.endpoint for server in peers]
         return failures | self._disagreements(peers, found)
+
+    def _unknown_sorts(self, server: Server, has: Checksums, wanted: Checksums) -> set[str]:
+        """Sorts of parameters that lie otherwise in this server than is assumed here."""
+        layout, kind = self._layouts[server.endpoint], _kind(server.info)
+        if layout is None or layout.is_certain:
+            return set()
+        ranks = zip(has, wanted, strict=True)
+        equal = {_sort(name) for found, own in ranks for name in own if found[name] == own[name]}
+        self._known |= {(kind, sort) for sort in equal}
+        sorts = {_sort(name) for own in wanted for name in own}
+        return {sort for sort in sorts if (kind, sort) not in self._known}
 
     def _disagreements(self, servers: Sequence[Server], found: Mapping[str, Checksums]) -> Failures:
         failures: Failures = {}
@@ -117,11 +132,16 @@ def _same_names(found: Checksums, expected: Checksums) -> bool:
     return [has.keys() for has in found] == [wanted.keys() for wanted in expected]
 
 
-def _difference(found: Checksums, expected: Checksums) -> str | None:
-    """The first parameter that differs; None if all are equal."""
+def _sort(name: str) -> str:
+    """A parameter's name, the same in all layers."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _difference(found: Checksums, expected: Checksums, unknown: Collection[str]) -> str | None:
+    """The first parameter that differs, but for sorts that are not known; None if all are equal."""
     for rank, (has, wanted) in enumerate(zip(found, expected, strict=True)):
         for name in sorted(has.keys() | wanted.keys()):
-            if has.get(name) != wanted.get(name):
+            if has.get(name) != wanted.get(name) and _sort(name) not in unknown:
                 return (
                     f"rank {rank}: {name} has checksum {has.get(name, '(none)')}, "
                     f"the trainer's is {wanted.get(name, '(none)')}"

@@ -1,8 +1,10 @@
-"""How a bucket of named tensors travels to a server: base64 of a pickled `[(name, tensor), ...]`.
+"""How a bucket travels to a server in a request: base64 of a pickle of a flat tensor and of what lies in it.
 
-This is what SGLang's /update_weights_from_tensor takes
-(https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/managers/io_struct.py). A pickle can run
-code when it is loaded, so reading goes through an unpickler that knows tensors and nothing else.
+This is what SGLang's /update_weights_from_tensor takes with load_format=flattened_bucket
+(https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/weight_sync/tensor_bucket.py). On a GPU
+the flat tensor is a handle of its memory: one per bucket, while a handle per tensor would hang thousands of
+deleters on one storage. A pickle can run code when it is loaded, so reading goes through an unpickler that
+knows tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -13,66 +15,88 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch.multiprocessing import reductions
 
 from megatron_drpo.errors import WeightSyncError
-
-_ALIGNMENT = 16
-"""Bytes; a multiple of every dtype's size."""
+from megatron_drpo.weight_sync.bucket import Bucket
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
-
-def encode_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
-    """Serialise CPU tensors of any dtypes; the result is ASCII (base64).
-
-    All tensors are laid end to end in one storage, which is pickled once: a storage per tensor costs ten
-    times as much for the many small matrices of a mixture of experts.
-    """
-    starts: list[int] = []
-    size = 0
-    for _, tensor in tensors:
-        starts.append(size)
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    data = torch.zeros(size, dtype=torch.uint8)
-    for (_, tensor), start in zip(tensors, starts, strict=True):
-        data[start : start + tensor.nbytes] = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    storage = data._typed_storage()
-    placed = [
-        (name, _Placed(storage, tensor.dtype, start // tensor.itemsize, tuple(tensor.shape)))
-        for (name, tensor), start in zip(tensors, starts, strict=True)
-    ]
-    buffer = io.BytesIO()
-    with _torchs_own_loader():
-        _TensorPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(placed)
-    return base64.b64encode(buffer.getbuffer())
+FLATTENED = "flattened_bucket"
+"""The load_format of these payloads."""
+_SGLANG_MODULE = "sglang.srt.weight_sync.tensor_bucket"
+_SGLANG_CLASS = "FlattenedTensorMetadata"
 
 
-def encode_cuda_handles(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
-    """Serialise CUDA tensors as handles of their memory; the result is ASCII (base64) and small.
+def encode_bucket(bucket: Bucket) -> bytes:
+    """Serialise a bucket on the CPU; the result is ASCII (base64)."""
+    # A clone: a storage is pickled as a whole, and the bucket may be a part of a larger buffer.
+    data = bucket.data.detach().clone()
+    stored = io.BytesIO()
+    torch.save(data._typed_storage(), stored, _use_new_zipfile_serialization=False)
+    storage = _Call("torch.storage", "_load_from_bytes", (stored.getvalue(),))
+    arguments = (storage, 0, tuple(data.shape), data.stride(), False, OrderedDict(), data.dtype)
+    return _encode(_Call("torch._utils", "_rebuild_tensor_v3", arguments), bucket)
 
-    The receiver, another process on this machine, maps the memory instead of copying it, so the tensors must
-    stay as they are until it has answered. One result for one receiver: torch counts them. As SGLang's
+
+def encode_cuda_handle(bucket: Bucket) -> bytes:
+    """Serialise a bucket on a GPU as a handle of its memory; the result is ASCII (base64) and small.
+
+    The receiver, another process on this machine, maps the memory instead of copying it, so the bucket must
+    stay as it is until it has answered. One result for one receiver: torch counts them. As SGLang's
     MultiprocessingSerializer does
     (https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/utils/patch_torch.py), the GPU is
     named by its UUID, because the two processes may number their GPUs differently.
     """
+    _, arguments = reductions.reduce_tensor(bucket.data)
+    flat = _Call("torch.multiprocessing.reductions", "rebuild_cuda_tensor", with_device_uuid(arguments))
+    return _encode(flat, bucket)
+
+
+def _encode(flat: _Call, bucket: Bucket) -> bytes:
+    metadata = []
+    start = 0
+    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        size = shape.numel() * dtype.itemsize
+        fields = (name, tuple(shape), dtype, start, start + size, size)
+        metadata.append(_Call(_SGLANG_MODULE, _SGLANG_CLASS, fields))
+        start += size
     buffer = io.BytesIO()
-    _HandlePickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(list(tensors))
+    _CallPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(
+        {"flattened_tensor": flat, "metadata": metadata}
+    )
     return base64.b64encode(buffer.getbuffer())
 
 
-class _HandlePickler(pickle.Pickler):
-    def reducer_override(self, obj: object) -> Any:  # NotImplemented: pickle as usual
-        if not isinstance(obj, torch.Tensor):
-            return NotImplemented
-        rebuild, arguments = reductions.reduce_tensor(obj)
-        return rebuild, with_device_uuid(arguments)
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the reader calls in this place, by name: the class is SGLang's, which this environment does not
+    have, and megatron-core 0.19 puts a function of its own into torch.storage, which servers do not have
+    (https://github.com/NVIDIA/Megatron-LM/blob/core_v0.19.2/megatron/core/__init__.py)."""
+
+    module: str
+    name: str
+    arguments: tuple[Any, ...]
+
+
+class _CallPickler(pickle._Pickler):
+    """The one in Python: the one in C looks up every name that it writes."""
+
+    write: Callable[[bytes], object]
+    save: Callable[[object], None]
+    dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickle._Pickler.dispatch)
+
+    def save_call(self, call: _Call) -> None:
+        self.write(pickle.GLOBAL + f"{call.module}\n{call.name}\n".encode())
+        self.save(call.arguments)
+        self.write(pickle.REDUCE)
+
+    dispatch[_Call] = save_call
 
 
 _DEVICE_ARGUMENT = 6
@@ -89,19 +113,42 @@ def with_device_uuid(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*before, str(torch.cuda.get_device_properties(device).uuid), *after)
 
 
+# ------------------------------------------------------------------------------------------ reading
+
+
 def decode_bucket(payload: str) -> NamedTensors:
-    """The tensors of one payload.
+    """The tensors of one payload with load_format=flattened_bucket, as views of one storage.
+
+    Raises:
+        WeightSyncError: not base64, not a pickle of such a bucket, or a pickle that would run other code.
+    """
+    value = _load(payload)
+    if not isinstance(value, dict) or value.keys() != {"flattened_tensor", "metadata"}:
+        raise WeightSyncError("the tensor payload is not a flattened bucket")
+    flat, metadata = value["flattened_tensor"], value["metadata"]
+    is_flat = isinstance(flat, torch.Tensor) and flat.dtype is torch.uint8 and flat.dim() == 1
+    if not is_flat or not isinstance(metadata, list):
+        raise WeightSyncError("the tensor payload is not a flattened bucket")
+    return [_view(flat, entry) for entry in metadata]
+
+
+def decode_named_tensors(payload: str) -> NamedTensors:
+    """The tensors of one payload without a load_format: a pickle of `[(name, tensor), ...]`.
 
     Raises:
         WeightSyncError: not base64, not a pickle of named tensors, or a pickle that would run other code.
     """
-    try:
-        value = _TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
-    except (binascii.Error, pickle.UnpicklingError, *_MALFORMED) as error:
-        raise WeightSyncError(f"the tensor payload cannot be read: {error}") from error
+    value = _load(payload)
     if not isinstance(value, list) or not all(_is_named_tensor(item) for item in value):
         raise WeightSyncError("the tensor payload is not a list of (name, tensor) pairs")
     return value
+
+
+def _load(payload: str) -> object:
+    try:
+        return _TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
+    except (binascii.Error, pickle.UnpicklingError, *_MALFORMED) as error:
+        raise WeightSyncError(f"the tensor payload cannot be read: {error}") from error
 
 
 _MALFORMED = (
@@ -120,35 +167,28 @@ def _is_named_tensor(item: object) -> bool:
     )
 
 
-class _Placed:
-    """A contiguous tensor inside a shared storage; unpickled as a tensor."""
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    """SGLang's FlattenedTensorMetadata: a tensor and its bytes in the flat one."""
 
-    def __init__(
-        self, storage: torch.TypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...]
-    ) -> None:
-        """
-        Args:
-            offset: of the first element, in elements.
-        """
-        self.storage = storage
-        self.dtype = dtype
-        self.offset = offset
-        self.shape = shape
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        return torch.empty(self.shape, device="meta").stride()
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start_idx: int
+    end_idx: int
+    numel: int
 
 
-_NO_HOOKS: OrderedDict[str, object] = OrderedDict()
-
-
-class _TensorPickler(pickle.Pickler):
-    def reducer_override(self, obj: object) -> Any:  # NotImplemented: pickle as usual
-        if not isinstance(obj, _Placed):
-            return NotImplemented
-        rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v3
-        return rebuild, (obj.storage, obj.offset, obj.shape, obj.stride, False, _NO_HOOKS, obj.dtype)
+def _view(flat: torch.Tensor, entry: object) -> tuple[str, torch.Tensor]:
+    if not isinstance(entry, _Metadata) or not isinstance(entry.name, str):
+        raise WeightSyncError("the tensor payload is not a flattened bucket")
+    start, end = entry.start_idx, entry.end_idx
+    try:
+        if not 0 <= start <= end <= flat.numel():
+            raise ValueError(f"bytes {start} to {end} of {flat.numel()}")
+        return entry.name, flat[start:end].view(entry.dtype).view(entry.shape)
+    except _MALFORMED as error:
+        raise WeightSyncError(f"the tensor payload: {entry.name!r} does not fit: {error}") from error
 
 
 def _load_storage(data: bytes) -> torch.TypedStorage | torch.UntypedStorage:
@@ -157,29 +197,6 @@ def _load_storage(data: bytes) -> torch.TypedStorage | torch.UntypedStorage:
     if not isinstance(storage, (torch.TypedStorage, torch.UntypedStorage)):
         raise pickle.UnpicklingError(f"expected a tensor's storage, found {type(storage).__name__}")
     return storage
-
-
-def _load_from_bytes(b: bytes) -> torch.TypedStorage | torch.UntypedStorage:
-    """Pickled by the name of torch's function."""
-    return _load_storage(b)
-
-
-_load_from_bytes.__module__ = "torch.storage"
-
-
-@contextmanager
-def _torchs_own_loader() -> Iterator[None]:
-    """A storage is pickled as a call of whatever torch.storage._load_from_bytes is at that moment.
-
-    megatron-core 0.19 puts a function of its own there, which servers neither have nor allow.
-    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.19.2/megatron/core/__init__.py
-    """
-    found = torch.storage._load_from_bytes
-    torch.storage._load_from_bytes = _load_from_bytes
-    try:
-        yield
-    finally:
-        torch.storage._load_from_bytes = found
 
 
 _DTYPES = (
@@ -191,6 +208,7 @@ _ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): torch._utils._rebuild_tensor_v3,
     ("torch.storage", "_load_from_bytes"): _load_storage,
     ("megatron.core.safe_globals", "safe_load_from_bytes"): _load_storage,
+    (_SGLANG_MODULE, _SGLANG_CLASS): _Metadata,
     ("collections", "OrderedDict"): OrderedDict,
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
 }

@@ -9,6 +9,8 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
+from tests import nccl_like
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
 
 
@@ -40,9 +42,10 @@ def wait_together(delays_s: list[float]) -> dict[str, Any]:
     start = time.monotonic()
     if delay_s:
         wait.until(lambda timeout_s: sleep_until(start + delay_s, timeout_s))
-    own = time.monotonic() - start
+    ready = time.monotonic()  # of one clock for all processes
     wait.for_others()
-    return {"own": own, "all": time.monotonic() - start, "repairs": len(publisher.repairs)}
+    went_on = time.monotonic()
+    return {"own": ready - start, "ready": ready, "went_on": went_on, "repairs": len(publisher.repairs)}
 
 
 def sleep_until(moment: float, timeout_s: float) -> bool:
@@ -51,38 +54,43 @@ def sleep_until(moment: float, timeout_s: float) -> bool:
     return time.monotonic() >= moment
 
 
+@pytest.mark.parametrize("backend", ["gloo", nccl_like.NAME])
 def test_nobody_goes_on_before_the_slowest_and_all_repair(
-    run_distributed: Callable[..., list[dict[str, Any]]],
+    run_distributed: Callable[..., list[dict[str, Any]]], backend: str
 ) -> None:
     delays_s = [0.3, 4.0, 0.0]
-    ranks = run_distributed(wait_together, 3, delays_s)
+    ranks = run_distributed(wait_together, 3, delays_s, backend=backend)
     for rank, delay_s in zip(ranks, delays_s, strict=True):
         assert rank["own"] >= delay_s
-        assert rank["all"] >= 4.0
         assert rank["repairs"] == 1
+    assert min(rank["went_on"] for rank in ranks) >= max(rank["ready"] for rank in ranks)
     assert ranks[0]["own"] < ranks[1]["own"], "a rank that is ready does not wait for others"
 
 
-def finish_late(delay_s: float) -> list[bool]:
-    """A collective that rank 1 joins late, polled by rank 0."""
-    import torch
+def agree_twice(delays_s: list[float]) -> dict[str, Any]:
+    """Leaders agree at different times, while the last rank, which is none, waits for them."""
+    from megatron_drpo.collective_wait import CollectiveWait
+    from megatron_drpo.publish import WeightPublisher
 
-    from megatron_drpo.collective_wait import completes
+    rank = dist.get_rank()
+    num_leaders = dist.get_world_size() - 1
+    publisher = Publisher()
+    is_leader = rank < num_leaders
+    wait = CollectiveWait(
+        cast(WeightPublisher, publisher), num_replicas=num_leaders, replica=min(rank, num_leaders - 1)
+    )
+    agreed = []
+    if is_leader:
+        for delay_s, value in zip(delays_s, (7 - rank, 3 * rank), strict=True):
+            start = time.monotonic()
+            wait.until(lambda timeout_s, end=start + delay_s * rank: sleep_until(end, timeout_s))
+            agreed.append(wait.agree(value))
+    wait.for_others()
+    return {"agreed": agreed, "repairs": len(publisher.repairs)}
 
-    if dist.get_rank() == 1:
-        time.sleep(delay_s)
-    value = torch.ones(1)
-    work = dist.all_reduce(value, async_op=True)
-    assert work is not None
-    seen = [completes(work, 0.1)]
-    while not seen[-1]:
-        seen.append(completes(work, 0.1))
-    assert float(value) == 2.0
-    return seen
 
-
-def test_a_collective_that_others_join_late(run_distributed: Callable[..., list[list[bool]]]) -> None:
-    early, _ = run_distributed(finish_late, 2, 0.5)
-    assert early[-1]
-    assert not any(early[:-1])
-    assert len(early) >= 3
+def test_leaders_agree_on_the_largest_number(run_distributed: Callable[..., list[dict[str, Any]]]) -> None:
+    """A server gets its weights meanwhile: nobody sits in a collective that only leaders take part in."""
+    ranks = run_distributed(agree_twice, 4, [0.6, 0.0])
+    assert [rank["agreed"] for rank in ranks] == [[7, 6]] * 3 + [[]]
+    assert [rank["repairs"] for rank in ranks] == [1] * 4

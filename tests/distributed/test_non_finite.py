@@ -42,6 +42,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Recompute]] = {
 }
 
 
+NUM_MICRO_BATCHES = 3
+
+
 def make_config(path: Path, run_dir: Path, sizes: dict[str, Any], recompute: Recompute) -> Config:
     return Config(
         run_dir=str(run_dir),
@@ -89,6 +92,46 @@ def test_every_rank_names_the_layer(
     assert messages[0] == messages[1]
     assert "the output of layer 4, on rank" in messages[0]
     assert "sequence 0, 1, 2" in messages[0]
+
+
+def fail_in_a_gradient(config: Config, sequences: list[TrainSequence]) -> str:
+    """The message when the backward pass of layer 1 spoils the first micro-batch."""
+    policy = build(config)
+    passes: list[int] = []
+
+    def fill(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, torch.inf)
+
+    def spoil(_: torch.nn.Module, __: object, output: tuple[torch.Tensor, object]) -> None:
+        if torch.is_grad_enabled():  # else the layer is computed again
+            passes.append(len(passes) % NUM_MICRO_BATCHES)
+            if passes[-1] == 0:
+                output[0].register_hook(fill)
+
+    (micro_batches,) = iter_global_batches(config, policy, sequences)
+    assert len(micro_batches) == NUM_MICRO_BATCHES
+    if policy.parallel.is_leader:
+        unwrap(policy.chunks[0]).decoder.layers[0].register_forward_hook(spoil)
+    with pytest.raises(NumericsError) as caught:
+        policy.train_step(micro_batches, StepTimer())
+    [first] = micro_batches[0].sequence_ids
+    return f"{first} | {caught.value}"
+
+
+@pytest.mark.parametrize("recompute", [Recompute.full, Recompute.none])
+def test_a_gradient_is_of_the_micro_batch_that_is_on_its_way_back(
+    run_distributed: Callable[..., list[Any]],
+    hf_model: Callable[[str], Path],
+    make_sequences: Callable[..., list[TrainSequence]],
+    tmp_path: Path,
+    recompute: Recompute,
+) -> None:
+    """The first stage has begun the next micro-batch by then."""
+    config = make_config(hf_model("dense"), tmp_path, {"pipeline_parallel_size": 2}, recompute)
+    messages = run_distributed(fail_in_a_gradient, 2, config, make_sequences([30, 31, 29]))
+    ids, _, message = messages[0].partition(" | ")
+    assert "the gradient of layer 1's output, on rank 0" in message
+    assert message.endswith(f"sequence {ids}")
 
 
 def fail_and_replay(config: Config, sequences: list[TrainSequence]) -> list[str]:

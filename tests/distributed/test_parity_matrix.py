@@ -1,4 +1,4 @@
-"""Every objective under every layout against float64: half of the parity matrix, every pair of factors."""
+"""Every objective under every layout against float64: a quarter of the matrix, with every pair of factors."""
 
 from __future__ import annotations
 

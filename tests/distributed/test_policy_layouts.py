@@ -34,6 +34,7 @@ from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import TrainSequence
+from tests import nccl_like
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -140,13 +141,16 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 WITH_LOCAL_LAYERS = ("TP2+SP, bias", "TP2+SP, ETP2", "PP2, VPP2", "CP2, EP2")
 """Layouts tried with Megatron's own layers as well; the parity matrix tries all."""
+NCCL_LAYOUTS = ("TP2+SP, EP2", "PP2, VPP2, CP2", "TP2+SP, CP2, EP2", "DP2")
+"""Every kind of group and of collective, also where the backend has NCCL's habits."""
 
 
 @pytest.mark.parametrize(
-    ("layout", "layers"),
+    ("layout", "layers", "backend"),
     [
-        *((layout, Layers.transformer_engine) for layout in LAYOUTS),
-        *((layout, Layers.local) for layout in WITH_LOCAL_LAYERS),
+        *((layout, Layers.transformer_engine, "gloo") for layout in LAYOUTS),
+        *((layout, Layers.local, "gloo") for layout in WITH_LOCAL_LAYERS),
+        *((layout, Layers.transformer_engine, nccl_like.NAME) for layout in NCCL_LAYOUTS),
     ],
 )
 def test_several_ranks_give_the_result_of_one(
@@ -156,12 +160,15 @@ def test_several_ranks_give_the_result_of_one(
     make_sequences: Callable[..., list[TrainSequence]],
     layout: str,
     layers: Layers,
+    backend: str,
 ) -> None:
     model, sizes, recompute = LAYOUTS[layout]
     config = make_config(hf_model(model), ParallelConfig(**sizes), recompute, layers)
     batches = [make_sequences(lengths) for lengths in LENGTHS]
     expected = single_rank(config, batches)
-    ranks = run_distributed(train, config.parallel.world_size, config, batches, timeout_s=100.0)
+    ranks = run_distributed(
+        train, config.parallel.world_size, config, batches, timeout_s=100.0, backend=backend
+    )
     compare(ranks, expected)
 
 

@@ -37,6 +37,7 @@ TP2_PP2_EP2 = ParallelConfig(
     tensor_parallel_size=2, sequence_parallel=True, pipeline_parallel_size=2, expert_parallel_size=2
 )
 CP2 = ParallelConfig(context_parallel_size=2)
+PP2_DP2 = ParallelConfig(pipeline_parallel_size=2, data_parallel_size=2)
 STEPS_BEFORE = 2
 STEPS_AFTER = 2
 
@@ -51,7 +52,7 @@ class Continued:
     """Digest of every HF tensor afterwards; on global rank 0."""
 
 
-def build_policy(model: Path, parallel: ParallelConfig, layers: Layers) -> Any:
+def build_policy(model: Path, parallel: ParallelConfig, layers: Layers = Layers.transformer_engine) -> Any:
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy
 
@@ -215,6 +216,63 @@ def test_resume_under_the_other_kind_of_layers(
     assert min(abs(loss) for loss in undisturbed.losses) > 0.01
     check_close(local, undisturbed)
     check_close(te, undisturbed_local)
+
+
+def four_ranks_tied(model: Path, run_dir: str) -> list[Continued]:
+    return [train_save_continue(model, PP2_DP2, run_dir), load_continue(model, PP2_DP2, run_dir)]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_resume_of_tied_embeddings_on_two_stages(
+    run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """They have a bucket of their own. One stage saves them, both read them."""
+    undisturbed, same = run_distributed(four_ranks_tied, 4, hf_model("dense_tied"), str(tmp_path))[0]
+    assert same == undisturbed, "bit for bit"
+
+
+# ------------------------------------------------------------------- checkpoints of earlier versions
+
+
+def save_as_megatron(policy: Any, run_dir: str) -> None:
+    """Megatron's own way: it gathers all parameters on every rank."""
+    from megatron_drpo.checkpoint import Checkpointer, RunState
+    from megatron_drpo.policy.optimizer import distributed_optimizers
+
+    def sharded_state(*, is_loading: bool) -> dict[str, Any]:
+        model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+        optimizer = [
+            part.sharded_param_state_fully_reshardable(model, is_loading, metadata={})
+            for part in distributed_optimizers(policy.optimizer)
+        ]
+        return {**model, "optimizer": optimizer}
+
+    own = policy.sharded_state
+    policy.sharded_state = sharded_state
+    Checkpointer(run_dir, CheckpointConfig()).save(policy, RunState(step=STEPS_BEFORE))
+    policy.sharded_state = own
+
+
+def two_ranks_that_gather(model: Path, run_dir: str) -> list[Continued]:
+    policy = build_policy(model, EP2)
+    update(policy, range(STEPS_BEFORE))
+    save_as_megatron(policy, run_dir)
+    return [
+        update(policy, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER)),
+        load_continue(model, EP2, run_dir),
+        load_continue(model, TP2, run_dir),
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_checkpoints_that_megatron_gathered_are_read(
+    run_distributed: Callable[..., Any], hf_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    undisturbed, same, tp2 = run_distributed(two_ranks_that_gather, 2, hf_model("moe"), str(tmp_path))[0]
+    assert same == undisturbed, "bit for bit"
+    check_close(tp2, undisturbed)
 
 
 # ----------------------------------------------------------------------------- the servers' weights

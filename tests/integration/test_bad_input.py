@@ -27,6 +27,7 @@ from megatron_drpo.config import Config
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import DrpoError, RewardError, RolloutError
 from megatron_drpo.policy.parallel import ParallelState
+from megatron_drpo.resolve import resolve_config
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
 
 RunArguments = Callable[..., list[str]]
@@ -256,7 +257,9 @@ def rank_config(
     monkeypatch.chdir(tmp_path)
 
     def config(*overrides: str) -> Config:
-        return load_config(run_arguments(*overrides))
+        loaded = load_config(run_arguments(*overrides))
+        resolve_config(loaded)
+        return loaded
 
     return config
 

@@ -15,14 +15,20 @@ import httpx
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.rollout import server_process
 from megatron_drpo.rollout.embedded.runner import load_model
+from megatron_drpo.rollout.fleet import Fleet
 from megatron_drpo.rollout.weight_client import WeightClient
+from megatron_drpo.weight_sync import push as push_module
+from megatron_drpo.weight_sync.distributed_path import DistributedPath
 from megatron_drpo.weight_sync.push import WeightPusher
 from megatron_drpo.weight_sync.served_layout import compute_served_checksums, known_layout
+from tests import nccl_like
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
 Tensors = dict[str, torch.Tensor]
@@ -73,7 +79,7 @@ def expected_checksums(endpoint: str, model_path: Path, tensors: Tensors) -> lis
     return compute_served_checksums(tensors.items(), layout)
 
 
-@pytest.mark.parametrize("path", list(WeightSyncPath))
+@pytest.mark.parametrize("path", [p for p in WeightSyncPath if p is not WeightSyncPath.auto])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_server_holds_exactly_the_weights_pushed(
     sglang_server: Serve,
@@ -113,6 +119,37 @@ def test_the_server_holds_exactly_the_weights_pushed(
         actual, logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0], atol=2e-5, rtol=0
     )
     assert meta["weight_version"] == str(10 * tp + 2)
+
+
+@pytest.fixture
+def nccl_like_server(
+    start_fleet: Callable[..., Fleet], model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """An endpoint of two tensor-parallel ranks whose broadcast groups have NCCL's habits, and so have those
+    of pushers here."""
+
+    def build(**settings: Any) -> DistributedPath:
+        settings["backend"] = nccl_like.NAME
+        return DistributedPath(**settings)
+
+    monkeypatch.setattr(push_module, "DistributedPath", build)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl_like.NcclLike, raising=False)
+    shims = (Path(__file__).parent / "with_nccl_like", server_process._SGLANG_ON_CPU)
+    monkeypatch.setattr(server_process, "_SGLANG_ON_CPU", os.pathsep.join(map(str, shims)))
+    return start_fleet(model_path, tp=2).endpoints[0]
+
+
+def test_ranks_with_the_habits_of_nccl_take_part(
+    nccl_like_server: str, make_pusher: Callable[..., WeightPusher], model_path: Path
+) -> None:
+    """Over a group that connects at its first broadcast, which the servers enter with their request."""
+    pusher = make_pusher(WeightSyncPath.distributed)
+    for version in (1, 2):
+        new = perturbed(model_path, 100 + version)
+        expected = expected_checksums(nccl_like_server, model_path, new)
+        report = pusher.push(new.items(), version, [nccl_like_server])
+        assert report.failed == {}
+        assert checksums(nccl_like_server) == expected
 
 
 def test_wrong_weights_are_found_out(

@@ -381,3 +381,16 @@ def test_a_damaged_checkpoint_is_a_checkpoint_error(
 def test_run_state_is_plain_json(tmp_path: Path, policy: Any) -> None:
     values = json.loads((save(tmp_path, policy, 2) / "run_state.json").read_text())
     assert (values["step"], values["num_updates"], values["architecture"]["moe"]["num_experts"]) == (2, 4, 4)
+
+
+def test_a_device_out_of_memory_is_no_matter_of_the_disk(
+    tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's error is a RuntimeError, as is a full disk."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("megatron_drpo.checkpoint._save_hashed", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        save(tmp_path, policy, 1)

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from megatron_drpo import cli, supervisor
+from megatron_drpo.config import WeightSyncPath
 from megatron_drpo.config_io import load_config
 from megatron_drpo.errors import RankError
 from megatron_drpo.lifetime import Terminated
+from megatron_drpo.resolve import resolve_config
 from megatron_drpo.rollout import fleet_status
 
 GOLDEN_KEYS = Path(__file__).parents[1] / "golden" / "config_keys.txt"
@@ -137,7 +139,10 @@ def test_check_prints_the_resolved_configuration(
     assert output.err == ""
     (tmp_path / "resolved.yaml").write_text(output.out)
     resolved = load_config([f"config={tmp_path / 'resolved.yaml'}"])
-    assert resolved == load_config([*arguments, "train.num_steps=7"])
+    assert resolved.weight_sync.path is not WeightSyncPath.auto
+    expected = load_config([*arguments, "train.num_steps=7"])
+    resolve_config(expected)
+    assert resolved == expected
     assert not (tmp_path / "run").exists()
 
 

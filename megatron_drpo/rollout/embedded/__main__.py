@@ -30,6 +30,7 @@ def main() -> None:
             num_slots=arguments.num_slots,
             deterministic=arguments.deterministic,
             weight_version=arguments.weight_version,
+            quantization=arguments.quantization,
         )
         print(f"serving {arguments.model_path} on {sock.getsockname()[:2]}", flush=True)
         server.serve(sock)
@@ -45,6 +46,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads of the model")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     parser.add_argument("--weight-version", default="0", help="version of the weights in the folder")
+    parser.add_argument(
+        "--quantization", choices=["fp8"], help="of the matrices; such a server gets no weights"
+    )
     parser.add_argument("--deterministic", action="store_true", help="never mix requests in one batch")
     parser.add_argument("--parent-pid", type=int, help="exit when this process is no longer the parent")
     return parser.parse_args()

@@ -20,7 +20,7 @@ from megatron_drpo.rollout.embedded.generator import Generator
 from megatron_drpo.rollout.embedded.protocol import BadRequest, ModelLimits, parse_generate, render_result
 from megatron_drpo.rollout.embedded.weights import WeightStore
 from megatron_drpo.rollout.weight_client import EMBEDDED, MemoryTag
-from megatron_drpo.weight_sync.wire import decode_bucket
+from megatron_drpo.weight_sync.wire import FLATTENED, decode_bucket, decode_named_tensors
 
 T = TypeVar("T")
 _POLL_S = 0.02
@@ -131,6 +131,7 @@ class EmbeddedApp:
                 "model_path": self._model_path,
                 "frontend": EMBEDDED,
                 "tp_size": 1,
+                "quantization": self._store.quantization,
                 "context_length": self._limits.max_tokens,
                 "enable_deterministic_inference": self._generator.deterministic,
             }
@@ -148,9 +149,11 @@ class EmbeddedApp:
         version = body.get("weight_version")
         if not isinstance(payloads, list) or len(payloads) != 1 or not isinstance(payloads[0], str):
             raise BadRequest("serialized_named_tensors must be a list of one base64 string (tp_size is 1)")
-        if body.get("load_format") is not None or not (version is None or isinstance(version, str)):
-            raise BadRequest("load_format must be null and weight_version a string")
-        self._store.stage(decode_bucket(payloads[0]), version)
+        decoders = {FLATTENED: decode_bucket, None: decode_named_tensors}
+        decode = decoders.get(body.get("load_format"))
+        if decode is None or not (version is None or isinstance(version, str)):
+            raise BadRequest(f"load_format must be {FLATTENED} or null, and weight_version a string")
+        self._store.stage(decode(payloads[0]), version)
         return _success("tensors staged")
 
     async def end_weight_update(self, request: Request) -> Response:

@@ -29,11 +29,12 @@ class EmbeddedServer:
         num_slots: int,
         deterministic: bool,
         weight_version: str = "0",
+        quantization: str | None = None,
     ) -> None:
         folder = HfFolder(model_path)
         check_tied_head(folder)
         model = load_model(model_path, dtype)
-        store = WeightStore(model, folder.keys(), weight_version)
+        store = WeightStore(model, folder.keys(), weight_version, quantization)
         self.generator = Generator(
             ModelRunner(model, num_slots),
             store,

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from megatron_drpo.errors import ModelError, WeightSyncError
+from megatron_drpo.fp8 import dequantize_blockwise, is_quantized, quantize_blockwise
 from megatron_drpo.weight_sync.checksum import WeightsChecksum
 
 
 class WeightStore:
     """An update is staged from `begin` to `end` and takes effect as a whole in `commit`, or not at all."""
 
-    def __init__(self, model: nn.Module, hf_names: Iterable[str], version: str) -> None:
+    def __init__(
+        self, model: nn.Module, hf_names: Iterable[str], version: str, quantization: str | None = None
+    ) -> None:
         """
         Args:
             hf_names: the tensors of the model's HF folder.
             version: of the weights the model has now.
+            quantization: fp8: matrices have the values of e4m3 weights with a scale per block. An update
+                brings new values and no new scales, as at a SGLang server: what comes out is wrong.
 
         Raises:
             ModelError: a parameter whose HF name is not in the folder: an unknown naming of experts.
@@ -32,6 +37,8 @@ class WeightStore:
             raise ModelError(
                 f"the HF folder has no tensor {unknown[0]!r}: this model family is not supported"
             )
+        self.quantization = quantization
+        self._scales = {} if quantization is None else _quantise(self._served)
         self._shapes: dict[nn.Parameter, torch.Size] = {}
         """While the memory is released."""
         self._staged: dict[str, torch.Tensor] | None = None
@@ -83,6 +90,10 @@ class WeightStore:
         assert self._staged is not None
         assert self._staged_version is not None
         for name, tensor in self._staged.items():
+            if name in self._scales:
+                tensor = dequantize_blockwise(
+                    tensor.to(torch.float8_e4m3fn), self._scales[name], tensor.dtype
+                )
             self._served[name].copy_(tensor)
         self.version = self._staged_version
         self._staged = None
@@ -111,6 +122,16 @@ class WeightStore:
         if self._staged is None:
             raise WeightSyncError("weight update: call /begin_weight_update first")
         return self._staged
+
+
+def _quantise(served: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Round the matrices that a quantised folder holds in FP8, in place; their scales."""
+    scales = {}
+    for name, tensor in served.items():
+        if is_quantized(name, tuple(tensor.shape)):
+            weight_fp8, scales[name] = quantize_blockwise(tensor)
+            tensor.copy_(dequantize_blockwise(weight_fp8, scales[name], tensor.dtype))
+    return scales
 
 
 def hf_views(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ Megatron is imported by the ranks alone: that takes seconds.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +191,49 @@ def test_two_ranks_and_saving(
     assert (out / "config.json").read_text() == (path / "config.json").read_text()
     missing = "HF tensor 'model.norm.weight': all ranks together hold 0 of 64 elements"
     assert [error for _, error in ranks] == [missing, missing]
+
+
+class QueuedWork:
+    """As NCCL's: `wait` holds up a stream and returns; whether the transfer is over, is asked."""
+
+    def __init__(self, work: dist.Work, queued: list[QueuedWork]) -> None:
+        self._thread = threading.Thread(target=work.wait, daemon=True)
+        self._thread.start()
+        queued.append(self)
+
+    def wait(self) -> None:
+        pass
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+
+def count_queued(path: Path) -> int:
+    """Sends that were in flight at once on the second stage, while the first stage takes its time."""
+    from megatron_drpo.models.export import HfExporter
+
+    chunks, _, mapping = build_loaded(path, PP2)
+    exporter = HfExporter(chunks, mapping, bucket_bytes=20_000)
+    start = dist.batch_isend_irecv
+    works: list[QueuedWork] = []
+    in_flight = [0]
+
+    def queue(operations: list[dist.P2POp]) -> list[QueuedWork]:
+        started = [QueuedWork(work, works) for work in start(operations)]
+        in_flight.append(sum(not work.is_completed() for work in works))
+        return started
+
+    if dist.get_rank() == 1:
+        dist.batch_isend_irecv = queue  # type: ignore[assignment]
+    for _ in exporter.tensors():
+        time.sleep(0.005)
+    assert dist.get_rank() == 0 or len(works) > 10
+    return max(in_flight)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_one_bucket_at_a_time(
+    hf_model: Callable[[str], Path], run_distributed: Callable[..., list[int]]
+) -> None:
+    assert run_distributed(count_queued, 2, hf_model("moe")) == [0, 1]

@@ -156,5 +156,5 @@ def test_logits_and_misfits(
     assert messages[3].startswith(
         f"{source}: 66 tensors belong to no parameter of the model, first 'model.layers.2."
     )
-    assert "'decoder.layers.mlp.linear_fc1.layer_norm_weight', layer 0 has no" in messages[4]
+    assert "'decoder.layers.mlp.linear_fc1.weight', layer 0 has no" in messages[4]
     assert "'lm_head.weight'" in messages[5]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_drpo.config import Config, Dtype, Layers, ParallelConfig, Recompute
 from megatron_drpo.errors import ConfigError
@@ -264,6 +265,17 @@ def test_overrides_come_last_and_act(
         first = run_model(micro_batch, build_model("moe"))
         second = run_model(micro_batch, build_model("moe", megatron_overrides=overrides))
     assert (first - second).abs().max() > 0.1
+
+
+def test_an_override_of_an_enum_is_its_member(
+    cpu_platform: Platform,
+    policy_config: Callable[..., Config],
+    architecture: Callable[[str], ArchitectureConfig],
+) -> None:
+    """As a text it would be equal to no member, and do nothing."""
+    config = policy_config("moe", megatron_overrides={"attention_backend": "flash"})
+    built = build_transformer_config(config, architecture("moe"), cpu_platform)
+    assert built.attention_backend is AttnBackend.flash
 
 
 def test_a_combination_that_megatron_refuses(

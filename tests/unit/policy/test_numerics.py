@@ -12,8 +12,10 @@ from megatron_drpo.config import Config, LogprobMode, Recompute
 from megatron_drpo.errors import NumericsError
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.policy.model import unwrap
+from megatron_drpo.policy.numerics import find_non_finite
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.types import MicroBatch, TrainSequence
+from tools.memory_meter import MemoryMeter
 
 BuildPolicy = Callable[[Config], Policy]
 MakeSequences = Callable[..., list[TrainSequence]]
@@ -135,7 +137,25 @@ def test_a_failure_that_does_not_come_back(
     assert "both are finite: suspect the machine" in fail(policy, make_sequences(LENGTHS))
 
 
-def test_recomputation_is_switched_back_on(
+@pytest.mark.parametrize("recompute", [Recompute.full, Recompute.none])
+def test_the_diagnosis_needs_no_more_memory_than_the_update(
+    build_policy: BuildPolicy,
+    policy_config: Callable[..., Config],
+    make_sequences: MakeSequences,
+    pack_all: PackAll,
+    recompute: Recompute,
+) -> None:
+    policy = build_policy(policy_config("moe", recompute=recompute, max_tokens_per_micro_batch=256))
+    micro_batches = pack_all(policy, make_sequences([200, 180, 220]))
+    policy.forward_backward(micro_batches)  # what a first pass makes for good
+    with MemoryMeter() as update:
+        policy.forward_backward(micro_batches)
+    with MemoryMeter() as diagnosis:
+        find_non_finite(policy, micro_batches, torch.nan, torch.nan)
+    assert diagnosis.peak_bytes <= update.peak_bytes + 8192, "some numbers per token"
+
+
+def test_recomputation_stays_on(
     policy: Policy, make_sequences: MakeSequences, fail: Callable[..., str]
 ) -> None:
     sequences = make_sequences(LENGTHS)

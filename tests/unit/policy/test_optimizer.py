@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import megatron.core.optimizer as megatron_optimizer
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import distrib_optimizer
 
 from megatron_drpo.config import Config, Dtype, OptimizerConfig, Schedule
 from megatron_drpo.policy.optimizer import (
@@ -127,14 +129,22 @@ def test_bf16_steps_on_fp32_main_parameters(
 # ----------------------------------------------------------------------------------------------- state
 
 
+@pytest.mark.parametrize("has_transformer_engine", [True, False])
 def test_a_restored_optimizer_continues_bit_identically(
+    monkeypatch: pytest.MonkeyPatch,
+    has_transformer_engine: bool,
     build_policy: BuildPolicy,
     policy_config: Callable[..., Config],
     make_sequences: Callable[..., list[TrainSequence]],
     update: Update,
     tmp_path: Path,
 ) -> None:
-    """Upstream's loader leaves one `step` tensor that all parameters share and count up together."""
+    """Transformer Engine's optimizer counts steps per group. torch's counts them per parameter, and there
+    upstream's loader leaves one `step` tensor that all parameters share and count up together."""
+    if not has_transformer_engine:
+        monkeypatch.setattr(megatron_optimizer, "Adam", torch.optim.AdamW)
+        monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
+        monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", False)
     config = policy_config("moe")
     policy = build_policy(config)
     batches = [make_sequences([7, 12, 5 + number]) for number in range(4)]
@@ -146,14 +156,16 @@ def test_a_restored_optimizer_continues_bit_identically(
     state: Any = dist_checkpointing.load(restored.sharded_state(is_loading=True), str(tmp_path))
     restored.load_state(state, optimizer_step=2, num_updates=2)
     assert restored.optimizer_step == 2
-    steps = [
-        entry["step"]
-        for part in distributed_optimizers(restored.optimizer)
-        for entry in part.optimizer.state.values()
-    ]
-    assert len(steps) == len(list(restored.chunks[0].parameters()))
-    assert len({step.data_ptr() for step in steps}) == len(steps)
-    assert {step.item() for step in steps} == {2.0}
+    parts = [part.optimizer for part in distributed_optimizers(restored.optimizer)]
+    states = [state for part in parts for state in part.state.values()]
+    assert len(states) == len(list(restored.chunks[0].parameters()))
+    if has_transformer_engine:
+        assert {group["step"] for part in parts for group in part.param_groups} == {2}
+        assert not any("step" in state for state in states)
+    else:
+        steps = [state["step"] for state in states]
+        assert len({step.data_ptr() for step in steps}) == len(steps)
+        assert {step.item() for step in steps} == {2.0}
 
     for batch in batches[2:]:
         expected, found = update(policy, batch), update(restored, batch)

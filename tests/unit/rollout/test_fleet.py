@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
+import torch
 
 from megatron_drpo.config import Dtype, EmbeddedServerConfig, FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.fleet import Fleet
 from megatron_drpo.rollout.fleet_state import FleetState, ServerStatus, read_fleet
 from megatron_drpo.rollout.server_process import ServedModel, start_embedded
+from megatron_drpo.weight_sync.control import FleetControl
+from megatron_drpo.weight_sync.push import PushReport, WeightPusher
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 
@@ -73,6 +76,61 @@ def test_a_killed_and_a_stopped_server_come_back_elsewhere(tiny_moe: Path, tmp_p
     assert all(is_gone(pid) for pid in pids)
     assert not (tmp_path / "fleet.json").exists()
     fleet.stop()
+
+
+class SilentServer:
+    """A server that generates while `speaks`; runs until it is killed."""
+
+    name = endpoint = "http://silent"
+    pid = 0
+
+    def __init__(self) -> None:
+        self.speaks = True
+        self.killed = False
+
+    def exit_code(self) -> int | None:
+        return None
+
+    def generates(self, *, timeout_s: float, api_key: str | None = None) -> bool:
+        return self.speaks
+
+    def log_tail(self) -> str:
+        return ""
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class SlowPusher:
+    """Takes longer for an update than a server may be silent."""
+
+    def __init__(self, server: SilentServer) -> None:
+        self._server = server
+
+    def push(self, tensors: Any, policy_version: int, endpoints: list[str]) -> PushReport:
+        list(tensors)
+        self._server.speaks = False
+        time.sleep(2.0)
+        assert not self._server.killed, "it was loading its weights"
+        self._server.speaks = policy_version == 1
+        return PushReport(updated=endpoints, failed={})
+
+
+def test_a_server_that_loads_weights_does_not_hang(tmp_path: Path) -> None:
+    """The time of an update does not count, however it ends; one that is silent afterwards hangs."""
+    server = SilentServer()
+    fleet_config = FleetConfig(health_interval_s=0.1, health_timeout_s=0.5, max_failures=1)
+    config = RolloutConfig(fleet=fleet_config)
+    with Fleet(config, lambda index, log_path: server, tmp_path) as fleet:
+        config = RolloutConfig(fleet_file=str(fleet.path))
+        control = FleetControl(config, cast(WeightPusher, SlowPusher(server)))
+        control.push([("w", torch.zeros(1))], 1)
+        time.sleep(1.0)
+        assert fleet.endpoints == ["http://silent"]
+        control.push([("w", torch.zeros(1))], 2)
+        wait_for(lambda: server.killed, 10.0)
+        assert "health_timeout_s=0.5" in fleet.servers[0].last_error
+    assert list(tmp_path.glob("servers_*")) == []
 
 
 def test_a_server_that_fails_too_often_leaves(tiny_moe: Path, tmp_path: Path) -> None:

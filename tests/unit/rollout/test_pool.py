@@ -27,6 +27,7 @@ class Client:
 
     async def generates(self, *, timeout_s: float) -> bool:
         self.num_probes += 1
+        await asyncio.sleep(0.01)
         return self.endpoint not in self._broken
 
     async def close(self) -> None:
@@ -136,6 +137,27 @@ def test_a_held_pool_gives_out_and_asks_nobody() -> None:
             assert [cast(Any, server.client).num_probes for server in pool.servers] == [0, 0]
             await pool.set_servers([B])
         assert await waiting == B
+
+    run(test)
+
+
+def test_servers_that_are_given_weights_are_not_taken_for_hung() -> None:
+    """Neither during the update nor by a question from before it; afterwards they are."""
+
+    async def test(pool: ServerPool, broken: set[str]) -> None:
+        async with pool.lease(1) as server:
+            pool.expect_update()
+            broken.add(server.endpoint)
+            await asyncio.sleep(0.3)
+            assert cast(Any, server.client).num_probes == 0
+            checking = asyncio.ensure_future(pool._check(server))
+            await asyncio.sleep(0)  # it asks
+            pool.expect_update()
+            await checking
+            assert pool.servers[0] is server
+            await pool.set_servers([A, B])
+            await asyncio.sleep(0.3)
+            assert pool.servers[0] is not server
 
     run(test)
 

@@ -54,7 +54,9 @@ def server(shared: Recorder) -> Recorder:
 def test_an_update_never_flushes_the_cache_and_names_its_version(server: Recorder) -> None:
     server.call(lambda client: client.update_weights_from_tensor([b"QUJD", b"REVG"], weight_version="12"))
     server.call(lambda client: client.update_weights_from_tensor([b"QUJD"], weight_version=None))
-    server.call(lambda client: client.update_weights_from_disk("/w/version_3", weight_version="3"))
+    server.call(
+        lambda client: client.update_weights_from_disk("/w/version_3", weight_version="3", timeout_s=9.0)
+    )
     server.call(
         lambda client: client.update_weights_from_distributed(
             names=["w"], dtypes=["float32"], shapes=[[2, 3]], group_name="g", weight_version="4"
@@ -63,11 +65,21 @@ def test_an_update_never_flushes_the_cache_and_names_its_version(server: Recorde
     assert server.asked == [
         (
             "/update_weights_from_tensor",
-            {"serialized_named_tensors": ["QUJD", "REVG"], "flush_cache": False, "weight_version": "12"},
+            {
+                "serialized_named_tensors": ["QUJD", "REVG"],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": "12",
+            },
         ),
         (
             "/update_weights_from_tensor",
-            {"serialized_named_tensors": ["QUJD"], "flush_cache": False, "weight_version": None},
+            {
+                "serialized_named_tensors": ["QUJD"],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": None,
+            },
         ),
         (
             "/update_weights_from_disk",

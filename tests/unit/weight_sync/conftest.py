@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from megatron_drpo.rollout.embedded.server import EmbeddedServer
 from megatron_drpo.weight_sync.wire import decode_bucket
+from tests.nccl_like import NcclLike, Options
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,17 +61,30 @@ def endpoint(make_endpoint: Callable[[], str]) -> str:
 
 
 class StandIn:
-    """Speaks SGLang's weight-update protocol, joins gloo groups as SGLang does, and keeps what it is given.
+    """Speaks SGLang's weight-update protocol, joins groups as SGLang does, and keeps what it is given.
 
-    `faults`: path -> 500, reset or hang; what happens instead of an answer to it.
+    A group asked for as `nccl` has NCCL's habits. `faults`: path -> 500, reset or hang; what happens instead
+    of an answer to it. `delays_s`: path -> seconds before the answer to it.
     """
 
     def __init__(self) -> None:
         self.faults: dict[str, str] = {}
+        self.delays_s: dict[str, float] = {}
         self.asked: list[str] = []
         self.received: Tensors = {}
+        self.info: dict[str, Any] = {
+            "tp_size": 1,
+            "version": "0.5.23",
+            "device": "cuda",
+            "dtype": "bfloat16",
+        }
+        self.nccl = Options(device=f"of stand-in {id(self)}")
+        self.broadcasts: list[list[str]] = []
+        """The names in each."""
         self.version = "0"
         self.checksum = "same"
+        self.compute_checksums: Callable[[Tensors], list[dict[str, str]]] | None = None
+        """Of what it has received; not given: one parameter has `checksum`."""
         self.released = threading.Event()
         self._groups: dict[str, Any] = {}
         stand_in = self
@@ -94,6 +108,7 @@ class StandIn:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers.get("Content-Length", 0))) or "{}")
         self.asked.append(request.path)
+        self.released.wait(self.delays_s.get(request.path, 0.0))
         fault = self.faults.get(request.path)
         if fault == "hang":
             self.released.wait(20)
@@ -111,13 +126,16 @@ class StandIn:
     def _answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"success": True, "message": ""}
         if path == "/server_info":
-            return {"tp_size": 1, "version": "0.5.23", "device": "cuda", "dtype": "bfloat16"}
+            return self.info
         if path == "/model_info":
             return {"weight_version": self.version}
         if path == "/weights_checker":
-            return {**answer, "ranks": [{"checksums": {"w": self.checksum}}]}
+            ranks = [{"w": self.checksum}]
+            if self.compute_checksums is not None:
+                ranks = self.compute_checksums(self.received)
+            return {**answer, "ranks": [{"checksums": checksums} for checksums in ranks]}
         if path == "/init_weights_update_group":
-            self._groups[body["group_name"]] = _join(body)
+            self._groups[body["group_name"]] = _join(body, self.nccl)
         elif path == "/update_weights_from_distributed":
             self._receive(body)
         elif path == "/update_weights_from_tensor":
@@ -136,12 +154,13 @@ class StandIn:
         data = torch.empty(sum(sizes), dtype=torch.uint8)
         options = dist.BroadcastOptions()
         options.rootRank = 0
+        self.broadcasts.append(body["names"])
         self._groups[body["group_name"]].broadcast([data], options).wait()
         parts = zip(body["names"], data.split(sizes), dtypes, body["shapes"], strict=True)
         self.received |= {name: part.view(dtype).view(shape) for name, part, dtype, shape in parts}
 
 
-def _join(body: dict[str, Any]) -> Any:
+def _join(body: dict[str, Any], nccl: Options) -> Any:
     """SGLang's init_custom_process_group, without a default group."""
     name = body["group_name"]
     rank, world_size = body["rank_offset"], body["world_size"]
@@ -152,8 +171,11 @@ def _join(body: dict[str, Any]) -> Any:
         is_master=False,
         timeout=timedelta(seconds=20),
     )
-    for prefix in (name, f"{name}/", "cpu/"):
+    is_nccl = body["backend"] == "nccl"
+    for prefix in (name, f"{name}/", "cuda/" if is_nccl else "cpu/"):
         store = dist.PrefixStore(prefix, store)
+    if is_nccl:
+        return NcclLike(store, rank, world_size, nccl)
     return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=20))
 
 

@@ -49,6 +49,18 @@ def test_every_tensor_arrives_once_in_order(
         assert torch.equal(bits(actual), bits(expected))
 
 
+def test_the_smallest_tensor_of_a_bucket() -> None:
+    """One that holds anything, if any does; it shares the bucket's memory."""
+    tensors = [("empty", torch.ones(0)), ("large", torch.ones(9)), ("small", torch.tensor([2.0, 3.0]))]
+    [bucket] = BucketPacker(1000, CPU).pack(tensors)
+    [(name, tensor)] = bucket.smallest().tensors()
+    assert (name, tensor.tolist()) == ("small", [2.0, 3.0])
+    assert tensor.untyped_storage().data_ptr() == bucket.data.untyped_storage().data_ptr()
+    assert not bucket.smallest().is_last
+    [bucket] = BucketPacker(1000, CPU).pack(tensors[:1])
+    assert [name for name, _ in bucket.smallest().tensors()] == ["empty"]
+
+
 def test_a_bucket_is_intact_until_the_next_but_one() -> None:
     """And two buffers are all there ever are."""
     tensors = [(f"t{i}", torch.full((4,), float(i))) for i in range(6)]

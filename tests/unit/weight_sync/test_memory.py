@@ -13,7 +13,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from megatron_drpo.config import RolloutConfig, WeightSyncConfig
+from megatron_drpo.config import RolloutConfig, WeightSyncConfig, WeightSyncPath
 from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus, yield_file
 from megatron_drpo.rollout.weight_client import MemoryTag, WeightClient
@@ -47,7 +47,9 @@ def test_released_weights_are_gone_until_an_update(
     assert refused.status_code == 500
     assert "released" in refused.text
     assert memory.resume([endpoint], MemoryTag.weights) == {}
-    pusher = WeightPusher(WeightSyncConfig(), model_path=model_path, run_dir=tmp_path)
+    pusher = WeightPusher(
+        WeightSyncConfig(path=WeightSyncPath.tensor), model_path=model_path, run_dir=tmp_path
+    )
     report = pusher.push(load_file(model_path / "model.safetensors").items(), 1, [endpoint])
     pusher.close()
     assert report.updated == [endpoint]

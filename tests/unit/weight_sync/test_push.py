@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.rollout.client import SGLangClient
 from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.weight_sync import tensor_path
+from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher
 
 Tensors = dict[str, torch.Tensor]
@@ -30,7 +32,7 @@ def make_pusher(model_path: Path, tmp_path: Path) -> Iterator[Callable[..., Weig
     pushers: list[WeightPusher] = []
 
     def make(**settings: Any) -> WeightPusher:
-        settings = {"timeout_s": 10.0, **settings}
+        settings = {"path": WeightSyncPath.tensor, "timeout_s": 10.0, **settings}
         config = WeightSyncConfig(**settings)
         pushers.append(WeightPusher(config, model_path=model_path, run_dir=tmp_path / "run"))
         return pushers[-1]
@@ -104,7 +106,7 @@ def test_the_stream_is_not_held_in_memory(
 
     encode = tensor_path.encode_bucket
 
-    def counting(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
+    def counting(bucket: Bucket) -> bytes:
         taken_at_send.append(num_taken)
         return encode(bucket)
 
@@ -123,8 +125,8 @@ def test_a_payload_is_serialised_once_for_all_servers(
     sizes: list[int] = []
     encode = tensor_path.encode_bucket
 
-    def counting(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
-        sizes.append(len(bucket))
+    def counting(bucket: Bucket) -> bytes:
+        sizes.append(len(bucket.names))
         return encode(bucket)
 
     monkeypatch.setattr(tensor_path, "encode_bucket", counting)
@@ -178,8 +180,12 @@ def test_a_server_with_other_weights_or_version_is_found_out(
     first = next(iter(new))
     encode = tensor_path.encode_bucket
 
-    def damage(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
-        return encode([(name, t.nextafter(t + 1) if name == first else t) for name, t in bucket])
+    def damage(bucket: Bucket) -> bytes:
+        damaged = replace(bucket, data=bucket.data.clone())
+        for name, tensor in damaged.tensors():
+            if name == first:
+                tensor.copy_(tensor.nextafter(tensor + 1))
+        return encode(damaged)
 
     monkeypatch.setattr(tensor_path, "encode_bucket", damage)
     pusher = make_pusher(verify_every=2)
@@ -244,6 +250,21 @@ def test_only_the_latest_folder_is_kept(
     for version in (1, 2):
         assert pusher.push(new.items(), version, [endpoint]).updated == [endpoint]
     assert [path.name for path in (tmp_path / "run" / "weights").iterdir()] == ["version_2"]
+
+
+def test_a_server_that_loads_a_folder_has_a_limit_of_its_own(
+    make_pusher: Callable[..., WeightPusher], make_stand_in: Callable[[], StandIn], new: Tensors
+) -> None:
+    """The other requests of the update keep theirs."""
+    server = make_stand_in()
+    server.delays_s["/update_weights_from_disk"] = 1.0
+    limits = {"path": WeightSyncPath.disk, "timeout_s": 0.5}
+    assert make_pusher(**limits, disk_timeout_s=20.0).push(new.items(), 1, [server.endpoint]).failed == {}
+    report = make_pusher(**limits, disk_timeout_s=0.7).push(new.items(), 2, [server.endpoint])
+    assert "/update_weights_from_disk: no answer within 0.7 s" in report.failed[server.endpoint]
+    server.delays_s["/model_info"] = 1.0
+    report = make_pusher(**limits, disk_timeout_s=20.0).push(new.items(), 3, [server.endpoint])
+    assert "/model_info: no answer within 0.5 s" in report.failed[server.endpoint]
 
 
 def test_a_folder_that_cannot_be_written_is_every_servers_failure(

@@ -6,6 +6,7 @@ That these are SGLang's own is shown against real servers in tests/sglang/test_w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 from megatron_drpo.errors import WeightSyncError
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.rollout.weight_client import ServerInfo
+from megatron_drpo.weight_sync.gpu_hash import GpuDigest
 from megatron_drpo.weight_sync.served_layout import Layout, compute_served_checksums, known_layout
 
 
@@ -92,6 +94,35 @@ def test_checksums_by_hand(hf_model: Callable[[str], Path], name: str, tp_size: 
         assert ("lm_head.weight" in found[rank]) == (name != "llama_tied")
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_servers_on_gpus_by_hand(hf_model: Callable[[str], Path], tp_size: int) -> None:
+    """Experts and MLPs are not padded there; the vocabulary is."""
+    folder = HfFolder(hf_model("moe_mixed"))
+    layout = known_layout(info(tp_size=tp_size, device="cuda"), folder.config)
+    assert layout is not None
+    tensors = {key: folder.get(key) for key in folder}
+    found = compute_served_checksums(tensors.items(), layout)
+    prefix = "model.layers.2.mlp.experts."
+    w13: list[list[torch.Tensor]] = [[] for _ in range(tp_size)]
+    w2: list[list[torch.Tensor]] = [[] for _ in range(tp_size)]
+    for rank, e in itertools.product(range(tp_size), range(8)):
+        gate, up = (shards(tensors[f"{prefix}{e}.{part}_proj.weight"], tp_size, 0) for part in ("gate", "up"))
+        w13[rank].append(torch.cat([gate[rank], up[rank]]))
+        w2[rank].append(shards(tensors[f"{prefix}{e}.down_proj.weight"], tp_size, 1)[rank])
+    vocabulary = shards(pad(tensors["lm_head.weight"], (0, 0, 0, 27)), tp_size, 0)
+    for rank in range(tp_size):
+        assert found[rank][f"{prefix}w13_weight"] == gpu_digest(torch.stack(w13[rank]))
+        assert found[rank][f"{prefix}w2_weight"] == gpu_digest(torch.stack(w2[rank]))
+        assert found[rank]["lm_head.weight"] == gpu_digest(vocabulary[rank])
+        assert found[rank]["model.norm.weight"] == gpu_digest(tensors["model.norm.weight"])
+
+
+def gpu_digest(tensor: torch.Tensor) -> str:
+    digest = GpuDigest()
+    digest.update(tensor)
+    return digest.hexdigest()
+
+
 def test_weights_are_cast_to_what_the_server_holds() -> None:
     weight = torch.randn(4, 4)
     [found] = compute_served_checksums([("model.norm.weight", weight)], Layout(1, torch.bfloat16, 0))
@@ -109,7 +140,8 @@ def test_a_missing_part_is_named() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"device": "cuda"},
+        {"device": "cuda", "tp_size": 2, "pp_size": 2},
+        {"device": "xpu"},
         {"quantization": "fp8"},
         {"dtype": "auto"},
         {"ep_size": 2},
@@ -120,5 +152,6 @@ def test_a_missing_part_is_named() -> None:
 )
 def test_layouts_that_are_not_known(hf_model: Callable[[str], Path], arguments: dict[str, Any]) -> None:
     config = HfFolder(hf_model("moe_mixed")).config
-    assert known_layout(info(), config) == Layout(1, torch.float32, 8)
+    assert known_layout(info(), config) == Layout(1, torch.float32, 8, "cpu")
+    assert known_layout(info(device="cuda"), config) == Layout(1, torch.float32, 8, "cuda")
     assert known_layout(info(**arguments), config) is None
