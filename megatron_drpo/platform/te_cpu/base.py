@@ -30,13 +30,21 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def __init__(
         self,
         *,
-        parallel_mode: ParallelMode,
-        sequence_parallel: bool,
-        fuse_wgrad_accumulation: bool,
-        tp_group: dist.ProcessGroup | None,
-        tp_size: int,
-        return_bias: bool,
+        parallel_mode: ParallelMode = None,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+        tp_size: int = 1,
+        return_bias: bool = False,
+        **_: object,
     ) -> None:
+        """
+        Args:
+            parallel_mode: how the weight is cut; None: every rank has all of it.
+            fuse_wgrad_accumulation: weight gradients go straight into `main_grad`.
+            return_bias: a bias is returned beside the output, not added.
+            _: what Transformer Engine takes besides and a CPU has no use for.
+        """
         super().__init__()
         self.parallel_mode = parallel_mode
         self.sequence_parallel = sequence_parallel and tp_size > 1

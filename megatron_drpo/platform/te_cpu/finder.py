@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from types import ModuleType
 from megatron_drpo.platform.te_cpu.interface import NAME, children_of, names_of
 
 
-class _Loader:
+class _Loader(importlib.abc.Loader):
     """Fills a module with the names that the table gives for it, and with the modules below it."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
@@ -24,15 +25,15 @@ class _Loader:
             importlib.import_module(child)
 
 
-class StandInFinder:
+class StandInFinder(importlib.abc.MetaPathFinder):
     """Answers for `transformer_engine` where nothing else does and there is no GPU."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname.partition(".")[0] != NAME or names_of(fullname) is None or _has_gpu():
             return None
-        return importlib.machinery.ModuleSpec(fullname, _Loader(), is_package=True)  # type: ignore[arg-type]
+        return importlib.machinery.ModuleSpec(fullname, _Loader(), is_package=True)
 
 
 def offer() -> None:
@@ -41,7 +42,7 @@ def offer() -> None:
     It costs nothing before `transformer_engine` is imported. Idempotent.
     """
     if not any(isinstance(finder, StandInFinder) for finder in sys.meta_path):
-        sys.meta_path.append(StandInFinder())  # type: ignore[arg-type]
+        sys.meta_path.append(StandInFinder())
 
 
 def is_in_use() -> bool:

@@ -6,15 +6,14 @@ https://github.com/NVIDIA/TransformerEngine/blob/v2.11/transformer_engine/pytorc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_drpo.platform.te_cpu import version
 from megatron_drpo.platform.te_cpu.base import (
-    ParallelMode,
     TransformerEngineBaseModule,
     mark_parallel,
     new_weight,
@@ -30,25 +29,13 @@ class GroupedLinear(TransformerEngineBaseModule):
         num_gemms: int,
         in_features: int,
         out_features: int,
-        sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False,
-        tp_group: dist.ProcessGroup | None = None,
-        tp_size: int = 1,
+        *,
         init_method: Callable[..., object] | None = None,
         bias: bool = True,
-        return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
-        parallel_mode: ParallelMode = None,
-        **_: object,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            parallel_mode=parallel_mode,
-            sequence_parallel=sequence_parallel,
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
-            tp_group=tp_group,
-            tp_size=tp_size,
-            return_bias=return_bias,
-        )
+        super().__init__(**options)
         self.num_gemms = num_gemms
         self.use_bias = bias
         self.save_original_input = False
@@ -56,7 +43,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         for index in range(num_gemms):
             weight = new_weight(self.out_features, self.in_features, params_dtype, init_method)
             if version.MARKS_EXPERT_WEIGHTS:
-                mark_parallel(weight, 1 if parallel_mode == "row" else 0)
+                mark_parallel(weight, 1 if self.parallel_mode == "row" else 0)
             self.register_parameter(f"weight{index}", weight)
             if bias:
                 self.register_parameter(

@@ -10,12 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_drpo.platform.te_cpu.base import (
-    ParallelMode,
     TransformerEngineBaseModule,
     mark_parallel,
     new_weight,
@@ -31,33 +29,21 @@ class Linear(TransformerEngineBaseModule):
         self,
         in_features: int,
         out_features: int,
-        sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False,
-        tp_group: dist.ProcessGroup | None = None,
-        tp_size: int = 1,
+        *,
         init_method: Callable[..., object] | None = None,
         bias: bool = True,
-        return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
-        parallel_mode: ParallelMode = None,
-        **_: object,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            parallel_mode=parallel_mode,
-            sequence_parallel=sequence_parallel,
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
-            tp_group=tp_group,
-            tp_size=tp_size,
-            return_bias=return_bias,
-        )
+        super().__init__(**options)
         self.in_features, self.out_features = self.local_features(in_features, out_features)
         self.weight = new_weight(self.out_features, self.in_features, params_dtype, init_method)
-        mark_parallel(self.weight, 1 if parallel_mode == "row" else 0)
+        mark_parallel(self.weight, 1 if self.parallel_mode == "row" else 0)
         self.use_bias = bias
         self.bias = Parameter(torch.zeros(self.out_features, dtype=params_dtype)) if bias else None
-        if self.bias is not None and parallel_mode == "column":
+        if self.bias is not None and self.parallel_mode == "column":
             mark_parallel(self.bias, 0)
-        elif self.bias is not None and parallel_mode == "row":
+        elif self.bias is not None and self.parallel_mode == "row":
             setattr(self.bias, "sequence_parallel", self.sequence_parallel)  # noqa: B010  Megatron's mark
         self.save_original_input = False  # Megatron sets it; the input is kept anyway
 

@@ -53,9 +53,9 @@ def test_an_installed_transformer_engine_is_preferred(tmp_path: Path) -> None:
 
 
 def test_there_is_none_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert StandInFinder().find_spec(NAME) is not None
+    assert StandInFinder().find_spec(NAME, None) is not None
     monkeypatch.setattr(finder, "_has_gpu", lambda: True)
-    assert StandInFinder().find_spec(NAME) is None
+    assert StandInFinder().find_spec(NAME, None) is None
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,19 +18,6 @@ def values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class _Ranks:
-    """The part of a context-parallel group that the rotary embedding asks."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
-
-
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (3, 4)])
 def test_rotary_embedding_of_packed_sequences(rank: int, size: int) -> None:
     cu_seqlens = torch.tensor([0, 16, 16, 24, 56], dtype=torch.int32)
@@ -38,7 +26,7 @@ def test_rotary_embedding_of_packed_sequences(rank: int, size: int) -> None:
     found = apply_rotary_pos_emb(
         x, angles, tensor_format="thd", fused=True, cu_seqlens=cu_seqlens, cp_size=size, cp_rank=rank
     )
-    group: Any = _Ranks(rank, size)
+    group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: size)
     expected = rope_utils._apply_rotary_pos_emb_thd(x, cu_seqlens, angles, cp_group=group)
     torch.testing.assert_close(found, expected)
 
