@@ -70,7 +70,7 @@ def test_rewards_carry_neither_the_most_probable_ids_nor_routes(
 
 def test_zero_counts_failures_and_goes_on(make_rollout: MakeRollout, write_module: WriteModule) -> None:
     write_module("pool_mixed", MIXED)
-    config = RewardConfig(name="pool_mixed:score", timeout_s=0.5, on_error=OnRewardError.zero)
+    config = RewardConfig(name="pool_mixed:score", timeout_s=2.0, on_error=OnRewardError.zero)
     texts = ["1", "hang", "two", "die", "nan", "0.5", "2", "float16", "float32", "huge"]
     expected = [1.0, 0.0, 0.0, 0.0, 0.0, 0.5, 2.0, 0.0, 0.0, 0.0]
     with RewardPool(config) as pool:
@@ -82,7 +82,7 @@ def test_zero_counts_failures_and_goes_on(make_rollout: MakeRollout, write_modul
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("hang", "no result within reward.timeout_s=0.5"),
+        ("hang", "no result within reward.timeout_s=2.0"),
         ("die", "its worker process died with exit code 9"),
         ("two", "ValueError: could not convert string to float: 'two' .*pool_error.py line 15"),
         ("inf", "it returned inf, expected a finite number"),
@@ -94,7 +94,7 @@ def test_error_names_the_response_and_what_happened(
 ) -> None:
     write_module("pool_error", MIXED)
     rollouts = [make_rollout("1"), make_rollout(text, prompt_id=17, sample_index=3), make_rollout("1")]
-    with RewardPool(RewardConfig(name="pool_error:score", timeout_s=0.5, num_workers=1)) as pool:
+    with RewardPool(RewardConfig(name="pool_error:score", timeout_s=2.0, num_workers=1)) as pool:
         with pytest.raises(RewardError, match=f"pool_error:score: prompt 17, sample 3: {reason}"):
             pool.score(rollouts)
         assert pool.score([make_rollout("5")]) == [5.0]

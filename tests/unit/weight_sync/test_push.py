@@ -213,15 +213,15 @@ def test_pushing_while_requests_run(
     def generate() -> None:
         params = {"max_new_tokens": 120, "ignore_eos": True, "temperature": 0}
         body = {"input_ids": [[4, 5]] * 4, "sampling_params": params}
-        answers.extend(httpx.post(f"{endpoint}/generate", json=body, trust_env=False, timeout=30).json())
+        answers.extend(httpx.post(f"{endpoint}/generate", json=body, trust_env=False, timeout=90).json())
 
     thread = threading.Thread(target=generate)
     pusher = make_pusher()
     thread.start()
-    version = 0
-    while thread.is_alive():
-        version += 1
+    for version in range(1, 21):  # without an end the server would do little else on a busy machine
         assert pusher.push(new.items(), version, [endpoint]).updated == [endpoint]
+        if not thread.is_alive():
+            break
     thread.join()
     for answer in answers:
         spans = answer["meta_info"]["weight_versions"]
@@ -257,14 +257,14 @@ def test_a_server_that_loads_a_folder_has_a_limit_of_its_own(
 ) -> None:
     """The other requests of the update keep theirs."""
     server = make_stand_in()
-    server.delays_s["/update_weights_from_disk"] = 1.0
-    limits = {"path": WeightSyncPath.disk, "timeout_s": 0.5}
+    server.delays_s["/update_weights_from_disk"] = 3.0
+    limits = {"path": WeightSyncPath.disk, "timeout_s": 1.5}
     assert make_pusher(**limits, disk_timeout_s=20.0).push(new.items(), 1, [server.endpoint]).failed == {}
-    report = make_pusher(**limits, disk_timeout_s=0.7).push(new.items(), 2, [server.endpoint])
-    assert "/update_weights_from_disk: no answer within 0.7 s" in report.failed[server.endpoint]
-    server.delays_s["/model_info"] = 1.0
+    report = make_pusher(**limits, disk_timeout_s=2.0).push(new.items(), 2, [server.endpoint])
+    assert "/update_weights_from_disk: no answer within 2 s" in report.failed[server.endpoint]
+    server.delays_s["/model_info"] = 3.0
     report = make_pusher(**limits, disk_timeout_s=20.0).push(new.items(), 3, [server.endpoint])
-    assert "/model_info: no answer within 0.5 s" in report.failed[server.endpoint]
+    assert "/model_info: no answer within 1.5 s" in report.failed[server.endpoint]
 
 
 def test_a_folder_that_cannot_be_written_is_every_servers_failure(
@@ -304,7 +304,7 @@ def test_a_failure_at_any_step_concerns_that_server_alone(
     """It is reported, nothing more is asked of it, the other is updated, and the next push repairs it."""
     bad, good = make_stand_in(), make_stand_in()
     bad.faults[step] = fault
-    pusher = make_pusher(timeout_s=0.5, bucket_bytes=sum(t.nbytes for t in new.values()) * 2 // 3)
+    pusher = make_pusher(timeout_s=2.0, bucket_bytes=sum(t.nbytes for t in new.values()) * 2 // 3)
     stream = iter(new.items())
     report = pusher.push(stream, 1, [bad.endpoint, good.endpoint])
     assert next(stream, None) is None
@@ -314,7 +314,7 @@ def test_a_failure_at_any_step_concerns_that_server_alone(
     assert bad.asked[-1] == step
     assert len(bad.asked) == STEPS[step] + 1
     assert good.asked[-1] == "/continue_generation"
-    assert stopwatch() < 5
+    assert stopwatch() < 10
     bad.faults.clear()
     bad.received.clear()
     assert pusher.push(new.items(), 2, [bad.endpoint, good.endpoint]).failed == {}
