@@ -87,7 +87,7 @@ def _pack_share(
         sequences,
         token_weights,
         max_tokens=config.policy.max_tokens_per_micro_batch,
-        pad_to_multiple=policy.parallel.pad_to_multiple,
+        pad_to_multiple=policy.pad_to_multiple,
         pad_sequences_to=policy.parallel.pad_sequences_to,
         num_topk=policy.objective.loss.num_topk,
         # The schedule needs one, also where no replica has a sequence.

@@ -50,7 +50,6 @@ from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
 from megatron_drpo.rollout.fleet_metrics import FleetWatch
 from megatron_drpo.rollout.launch import starts_fleet
-from megatron_drpo.rollout.nccl_environment import build_nccl_environment
 from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
@@ -58,6 +57,7 @@ from megatron_drpo.watchdog import Watchdog
 from megatron_drpo.weight_sync.control import FleetControl, build_directory
 from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.push import WeightPusher
+from megatron_drpo.weight_sync.rank_environment import build_rank_environment
 
 
 def run(config: Config) -> None:
@@ -67,8 +67,8 @@ def run(config: Config) -> None:
         DrpoError: its message says all a user needs to know.
     """
     platform = build_platform(config.platform)
-    if platform.name is PlatformName.cuda and config.weight_sync.path is WeightSyncPath.distributed:
-        os.environ.update(build_nccl_environment(config.rollout.sglang.arguments, os.environ))
+    if platform.name is PlatformName.cuda:
+        os.environ.update(build_rank_environment(config, os.environ))
     device = platform.prepare(RankInfo.from_environment().local_rank)
     parallel = initialise_parallel(config.parallel, platform.backend, device)
     with ExitStack() as stack:

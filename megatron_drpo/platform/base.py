@@ -16,6 +16,8 @@ class Platform(Protocol):
     name: PlatformName
     backend: str
     """torch.distributed backend: "gloo" or "nccl"."""
+    token_multiple: int
+    """Each context-parallel rank's tokens of a packed micro-batch are padded to a multiple of this number."""
 
     def prepare(self, local_rank: int) -> torch.device:
         """Make this process able to run Megatron-Core; returns the device it uses. Idempotent."""

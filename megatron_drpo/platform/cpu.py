@@ -32,6 +32,7 @@ class CpuPlatform:
 
     name = PlatformName.cpu
     backend = "gloo"
+    token_multiple = 1
 
     def prepare(self, local_rank: int) -> torch.device:
         global _prepared

@@ -94,6 +94,10 @@ class Policy:
     def __init__(self, config: Config, platform: Platform, parallel: ParallelState) -> None:
         self.config = config
         self.parallel = parallel
+        self.pad_to_multiple = math.lcm(
+            parallel.pad_to_multiple, parallel.context_size * platform.token_multiple
+        )
+        """Tokens of a micro-batch are a multiple of it: what the mesh needs, and what suits the platform."""
         self.folder = HfFolder(config.policy.model_path)
         family = get_family(self.folder.config)
         self.architecture = family.architecture(self.folder.config)

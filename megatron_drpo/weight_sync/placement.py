@@ -25,6 +25,7 @@ from megatron_drpo.config import Config, Placement, PlatformName, RolloutEngineN
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.fleet_state import ServerState, read_fleet
 from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.weight_sync.rank_environment import find_expandable_segments
 
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _NEVER_SHARED = {"tmpfs", "ramfs", "overlay"}
@@ -145,8 +146,6 @@ def _check_tensor(places: ServerPlaces) -> list[str]:
         return []
     if places.is_embedded:
         return [f"{key}which the embedded server on the CPU cannot open; take weight_sync.path=disk"]
-    if not places.out_of_reach:
-        return []
     problems = []
     if places.on_ray:
         problems.append("servers on a Ray cluster may be on other machines, and see their own GPUs alone")
@@ -158,7 +157,13 @@ def _check_tensor(places: ServerPlaces) -> list[str]:
             "rank 0"
         )
     other = "disk" if places.is_colocated else "distributed (with weight_sync.host) or disk"
-    return [f"{key}but {problem}; take weight_sync.path={other}" for problem in problems]
+    problems = [f"{key}but {problem}; take weight_sync.path={other}" for problem in problems]
+    if setting := find_expandable_segments(os.environ):
+        problems.append(
+            f"{key}and under {setting} most containers keep other processes from opening it: run without "
+            f"that variable, or take weight_sync.path={other}"
+        )
+    return problems
 
 
 def _check_distributed(config: Config, places: ServerPlaces) -> list[str]:

@@ -38,6 +38,10 @@ class PolicyWithoutModel:
     multiple: int = 1
     objective: Objective = field(default_factory=lambda: Objective(loss=SurrogateLoss()))
 
+    @property
+    def pad_to_multiple(self) -> int:
+        return self.parallel.pad_to_multiple
+
     def round_up_micro_batches(self, count: int) -> int:
         return -(-count // self.multiple) * self.multiple
 

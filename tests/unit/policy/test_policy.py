@@ -18,6 +18,7 @@ from megatron_drpo.losses.aggregation import count_loss
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.packing import dummy_micro_batch, unpack
+from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch, TrainSequence
@@ -166,6 +167,32 @@ def test_the_update_does_not_depend_on_how_it_is_computed(
         summary, other = summarise(expected.diagnostics), summarise(result.diagnostics)
         for name in ("policy/entropy", "policy/ratio_max", "mismatch/logprob_abs_mean", "policy/ess"):
             assert other[name] == pytest.approx(summary[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("model", ["dense", "moe_mixed"])
+def test_padding_to_a_multiple_that_suits_the_platform(
+    build_policy: BuildPolicy,
+    policy_config: Callable[..., Config],
+    make_sequences: MakeSequences,
+    pack_all: PackAll,
+    cpu_platform: Platform,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+) -> None:
+    """As on GPUs: micro-batches have few sizes, and nothing else is different."""
+    results = []
+    for multiple, sizes in ((1, {24, 31}), (16, {32})):
+        monkeypatch.setattr(cpu_platform, "token_multiple", multiple)
+        policy = build_policy(policy_config(model, UNCLIPPED, max_tokens_per_micro_batch=32))
+        micro_batches = pack_all(policy, make_sequences(LENGTHS))
+        assert {m.num_tokens for m in micro_batches} == sizes
+        result = policy.train_step(micro_batches, StepTimer())
+        results.append((result, gradients_by_hf_name(policy)))
+    (expected, gradients), (padded, found) = results
+    assert padded.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert padded.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+    assert padded.diagnostics.num_tokens == expected.diagnostics.num_tokens
+    assert max(relative_distance(found, gradients).values()) < 1e-5
 
 
 def test_dummies_alone_change_nothing(

@@ -238,6 +238,15 @@ def test_a_fleet_that_does_not_run_yet(tmp_path: Path) -> None:
     assert choose_path(config) is WeightSyncPath.tensor
 
 
+def test_memory_that_servers_could_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """https://github.com/pytorch/pytorch/issues/165685"""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    (problem,) = check_path(make_config(LOCAL, path=WeightSyncPath.tensor))
+    assert "under PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True most containers keep" in problem
+    assert check_path(make_config(LOCAL, path=WeightSyncPath.distributed)) == []
+    assert check_path(make_config(LOCAL, PlatformName.cpu, path=WeightSyncPath.tensor)) == []
+
+
 def test_the_recipe_of_the_30b_model() -> None:
     """On any machine: its servers are on other nodes, and reach the first one."""
     config = load_config([f"config={RECIPE}"])
