@@ -274,7 +274,11 @@ def unpack(values_T: Shaped[Tensor, " T"], micro_batch: MicroBatch) -> dict[int,
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same micro-batch with every tensor on `device`."""
+    """The same micro-batch with every tensor on `device`, and its `loss_rows_N`.
+
+    Their number decides the sizes of what is computed, and the host knows it here without waiting for a GPU.
+    """
+    micro_batch = dataclasses.replace(micro_batch, loss_rows_N=micro_batch.loss_mask_T.nonzero()[:, 0])
     moved: dict[str, Any] = {}
     for field in dataclasses.fields(micro_batch):
         value = getattr(micro_batch, field.name)

@@ -175,6 +175,8 @@ class MicroBatch:
     """The trainer's own logprobs before the step's first update (anchor=recomputed), on the last stage."""
     ref_logprobs_T: Float[torch.Tensor, " T"] | None = None
     """The reference policy's logprobs (kl.coef > 0), on the last stage."""
+    loss_rows_N: Int[torch.Tensor, " N"] | None = None
+    """int64, the positions where loss_mask_T is True, ascending; set by `packing.to_device`."""
 
     @property
     def num_tokens(self) -> int:

@@ -45,6 +45,7 @@ buckets, on Qwen3-30B-A3B-Base (arXiv 2606.09821, Figure 2).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -147,19 +148,29 @@ def compute_diagnostics(
     tokens = _to_float64(tokens)
     weight_N = objective.loss.weight(tokens)
     per_token = _per_token(tokens, weight_N, entropy_N.double(), objective)
-    device = weight_N.device
-    inner_edges = torch.tensor(MU_BUCKET_EDGES[:-1], dtype=torch.float64, device=device)
-    bucket_N = torch.bucketize(tokens.rollout_logprobs_N.exp(), inner_edges)
+    mu_edges, w_edges = _edges(weight_N.device)
+    bucket_N = torch.bucketize(tokens.rollout_logprobs_N.exp(), mu_edges)
     table = torch.stack([per_token[name] for name in _SUMS])
     # Not a product with a one-hot matrix: 0 times an infinity would spoil the other buckets.
     sums_B = table.new_zeros(len(_SUMS), _NUM_BUCKETS).index_add_(1, bucket_N, table)
     maxima_B = table.new_zeros(len(_MAXIMA), _NUM_BUCKETS)
     rows = torch.stack([per_token[name] for name in _MAXIMA])
     maxima_B.scatter_reduce_(1, bucket_N.expand_as(rows), rows, "amax")
-    w_edges = torch.tensor(W_HISTOGRAM_EDGES, dtype=torch.float64, device=device)
     bin_N = torch.bucketize(weight_N, w_edges, right=True) + bucket_N * _NUM_BINS
-    histogram = torch.bincount(bin_N, minlength=_NUM_BUCKETS * _NUM_BINS)
-    return Diagnostics(torch.cat([sums_B.flatten(), histogram.double()]), maxima_B.flatten())
+    # Not bincount, which makes the host wait for the largest bin; sums of ones are exact in any order.
+    histogram = table.new_zeros(_NUM_BUCKETS * _NUM_BINS).index_add_(0, bin_N, per_token["num_tokens"])
+    return Diagnostics(torch.cat([sums_B.flatten(), histogram]), maxima_B.flatten())
+
+
+@functools.cache
+def _edges(device: torch.device) -> tuple[Tensor, Tensor]:
+    """float64, of the buckets of mu, without the last, and of the histogram of w. They are copied to a device
+    once, because the host waits for that."""
+    mu_edges, w_edges = MU_BUCKET_EDGES[:-1], W_HISTOGRAM_EDGES
+    return (
+        torch.tensor(mu_edges, dtype=torch.float64, device=device),
+        torch.tensor(w_edges, dtype=torch.float64, device=device),
+    )
 
 
 def _to_float64(tokens: LossTokens) -> LossTokens:

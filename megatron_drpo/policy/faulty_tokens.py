@@ -43,9 +43,10 @@ def leave_out_faulty(
     Returns:
         The micro-batches, and the faulty tokens of all ranks, the same and in the same order on each.
     """
+    found_rows = [result.checked.faulty() for result in results]
     masks = [
-        micro_batch.loss_mask_T.index_fill(0, result.faulty.rows_F.cpu(), False)
-        for micro_batch, result in zip(micro_batches, results, strict=False)
+        micro_batch.loss_mask_T.index_fill(0, rows.rows_F, False)
+        for micro_batch, rows in zip(micro_batches, found_rows, strict=False)
     ]
     masked = [replace(m, loss_mask_T=mask_T) for m, mask_T in zip(micro_batches, masks, strict=False)]
     lengths = [_count_per_sequence(micro_batch, parallel) for micro_batch in masked]
@@ -53,8 +54,8 @@ def leave_out_faulty(
     num_sequences = sum(int((tokens_S > 0).sum()) for tokens_S in lengths)
     faulty = [
         token
-        for micro_batch, result in zip(micro_batches, results, strict=False)
-        for token in _name(micro_batch, result.faulty, parallel)
+        for micro_batch, rows in zip(micro_batches, found_rows, strict=False)
+        for token in _name(micro_batch, rows, parallel)
     ]
     nothing: tuple[int, int, list[FaultyToken]] = (0, 0, [])
     mine = (num_tokens, num_sequences if parallel.context_rank == 0 else 0, faulty)
@@ -89,7 +90,6 @@ def _count_per_sequence(micro_batch: MicroBatch, parallel: ParallelState) -> tor
 
 def _name(micro_batch: MicroBatch, faulty: FaultyRows, parallel: ParallelState) -> list[FaultyToken]:
     """The faulty rows by sequence and position."""
-    rows_F = faulty.rows_F.cpu()
     return [
         FaultyToken(
             replica=parallel.data_rank,
@@ -99,8 +99,8 @@ def _name(micro_batch: MicroBatch, faulty: FaultyRows, parallel: ParallelState) 
             rollout_logprob=rollout_logprob,
         )
         for sequence, position, logprob, rollout_logprob in zip(
-            micro_batch.sequence_index_T[rows_F].tolist(),
-            micro_batch.position_ids_T[rows_F].tolist(),
+            micro_batch.sequence_index_T[faulty.rows_F].tolist(),
+            micro_batch.position_ids_T[faulty.rows_F].tolist(),
             faulty.logprobs_F.tolist(),
             faulty.rollout_logprobs_F.tolist(),
             strict=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from megatron_drpo.policy.logprobs import (
     LogprobOutput,
     LogprobRows,
     LogprobSettings,
+    check_ids,
     one_pass_loss,
     vocab_parallel_logprobs,
 )
@@ -43,6 +44,24 @@ class ForwardSettings:
     replay: RoutingReplay | None = None
     """Of the policy's routers, where routes are replayed or recorded."""
     replay_source: ReplaySource = ReplaySource.none
+
+
+def check_micro_batch_ids(micro_batches: Sequence[MicroBatch], vocab_size: int) -> None:
+    """What `LogprobRows.ids_are_checked` promises, on the host.
+
+    Raises:
+        DataError: see `check_ids`.
+    """
+    for micro_batch in micro_batches:
+        rows_N = micro_batch.loss_mask_T.nonzero()[:, 0]
+        topk_ids_TK = micro_batch.topk_ids_TK
+        rows = LogprobRows(
+            rows_N=rows_N,
+            labels_N=micro_batch.labels_T[rows_N],
+            temperature=1.0,
+            topk_ids_NK=None if topk_ids_TK is None else topk_ids_TK[rows_N],
+        )
+        check_ids(rows, vocab_size)
 
 
 def packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
@@ -116,7 +135,8 @@ class LossRows:
             temperature: of the sampling; it divides the logits.
             context_group: the ranks that share the sequences' tokens, if there are several.
         """
-        rows_N = micro_batch.loss_mask_T.nonzero()[:, 0]
+        rows_N = micro_batch.loss_rows_N
+        assert rows_N is not None, "run_schedule sends micro-batches through to_device"
 
         def cut(field_T: torch.Tensor | None) -> Any:
             return None if field_T is None else field_T[rows_N]
@@ -133,6 +153,7 @@ class LossRows:
                 labels_N=cut(micro_batch.labels_T),
                 topk_ids_NK=cut(micro_batch.topk_ids_TK),
                 temperature=temperature,
+                ids_are_checked=True,
             ),
             token_weights_N=cut(micro_batch.token_weights_T),
             anchor_logprobs_N=cut(micro_batch.old_logprobs_T) if has_old else rollout_logprobs_N,
@@ -166,22 +187,37 @@ class LossRows:
 
 @dataclass(frozen=True, slots=True)
 class FaultyRows:
-    """The loss tokens of a micro-batch that must not be, see `Objective.is_faulty`: F rows."""
+    """The loss tokens of a micro-batch that must not be, see `Objective.is_faulty`: F rows, on the host."""
 
     rows_F: torch.Tensor
     """int64, their positions in T."""
     logprobs_F: torch.Tensor
     rollout_logprobs_F: torch.Tensor
 
+
+@dataclass(frozen=True, slots=True)
+class CheckedRows:
+    """All loss tokens of a micro-batch, and which of them are faulty: hardly ever one, so the host only waits
+    for their number when it knows that there are any."""
+
+    rows_N: torch.Tensor
+    is_faulty_N: torch.Tensor
+    logprobs_N: torch.Tensor
+    rollout_logprobs_N: torch.Tensor
+
     @classmethod
-    def of(cls, rows: LossRows, tokens: LossTokens, objective: Objective) -> FaultyRows:
+    def of(cls, rows: LossRows, tokens: LossTokens, objective: Objective) -> CheckedRows:
         """
         Args:
             tokens: of these rows, detached.
         """
-        chosen_F = objective.is_faulty(tokens).nonzero()[:, 0]
-        columns = (rows.logprobs.rows_N, tokens.logprobs_N, tokens.rollout_logprobs_N)
-        return cls(*(column_N[chosen_F] for column_N in columns))
+        is_faulty_N = objective.is_faulty(tokens)
+        return cls(rows.logprobs.rows_N, is_faulty_N, tokens.logprobs_N, tokens.rollout_logprobs_N)
+
+    def faulty(self) -> FaultyRows:
+        """The host waits for the device."""
+        columns = (self.rows_N, self.logprobs_N, self.rollout_logprobs_N)
+        return FaultyRows(*(column_N[self.is_faulty_N].cpu() for column_N in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +227,7 @@ class MicroBatchResult:
     loss: torch.Tensor
     """float64 scalar, detached: its share of the global batch's loss."""
     diagnostics: Diagnostics
-    faulty: FaultyRows
+    checked: CheckedRows
 
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchResult]]
@@ -253,8 +289,8 @@ class TrainForward:
             self.observer.sees(micro_batch, rows, tokens, output.entropy_N)
         diagnostics = compute_diagnostics(tokens, output.entropy_N, self.objective)
         no_tokens = torch.zeros((), dtype=torch.int, device=total.device)
-        faulty = FaultyRows.of(rows, tokens, self.objective)
-        return total, no_tokens, MicroBatchResult(total.detach().double(), diagnostics, faulty)
+        checked = CheckedRows.of(rows, tokens, self.objective)
+        return total, no_tokens, MicroBatchResult(total.detach().double(), diagnostics, checked)
 
     def _recompute(
         self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, rows: LossRows
@@ -295,9 +331,13 @@ class LogprobForward:
 
         def collect(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             hidden_TH = last_hidden_states(hidden, sequence_parallel=self.settings.sequence_parallel)
-            rows_N = micro_batch.loss_mask_T.nonzero()[:, 0]
+            rows_N = micro_batch.loss_rows_N
+            assert rows_N is not None, "run_schedule sends micro-batches through to_device"
             rows = LogprobRows(
-                rows_N=rows_N, labels_N=micro_batch.labels_T[rows_N], temperature=self.settings.temperature
+                rows_N=rows_N,
+                labels_N=micro_batch.labels_T[rows_N],
+                temperature=self.settings.temperature,
+                ids_are_checked=True,
             )
             weight_VH = unwrap(module).output_weight()
             result = vocab_parallel_logprobs(hidden_TH, weight_VH, rows, self.settings.logprobs)

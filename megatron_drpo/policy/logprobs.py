@@ -64,6 +64,8 @@ class LogprobRows:
     """Divides the logits; one for all, or [N]."""
     topk_ids_NK: Int[Tensor, "N K"] | None = None
     """Further ids whose logprobs are wanted."""
+    ids_are_checked: bool = False
+    """`check_ids` has seen them on the host; else the host waits until the device has looked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +120,10 @@ def vocab_parallel_logprobs(
             vocabulary.
 
     Raises:
-        DataError: an id outside the vocabulary; names its position. (This check makes the host wait for the
-            device, once per call.)
+        DataError: an id outside the vocabulary; names its position.
     """
-    _check_ids(rows, settings.vocab_size)
+    if not rows.ids_are_checked:
+        check_ids(rows, settings.vocab_size)
     return _output(_Recompute.apply(hidden_TH, weight_VH, rows, settings), rows)
 
 
@@ -145,7 +147,8 @@ def one_pass_loss(
         RuntimeError: in the backward pass, if the loss was scaled or added to something with a weight; on
             CUDA when the device gets there.
     """
-    _check_ids(rows, settings.vocab_size)
+    if not rows.ids_are_checked:
+        check_ids(rows, settings.vocab_size)
     needs_grad = torch.is_grad_enabled()
     wanted = (needs_grad and hidden_TH.requires_grad, needs_grad and weight_VH.requires_grad)
     loss, *outputs = _OnePass.apply(hidden_TH, weight_VH, rows, settings, loss_of, wanted)
@@ -159,7 +162,12 @@ def _output(tensors: Any, rows: LogprobRows) -> LogprobOutput:
     return LogprobOutput(logprobs_N, entropy_N, max_logprobs_N, argmax_N, topk)
 
 
-def _check_ids(rows: LogprobRows, vocab_size: int) -> None:
+def check_ids(rows: LogprobRows, vocab_size: int) -> None:
+    """Whether all ids are in the vocabulary.
+
+    Raises:
+        DataError: one is not; names its position.
+    """
     given = [("label", rows.labels_N[:, None])]
     if rows.topk_ids_NK is not None:
         given.append(("top-k id", rows.topk_ids_NK))
@@ -191,8 +199,10 @@ class _Head:
             bytes_per_row += self.shard.num_rows * self.shard.operand_dtype.itemsize
         # Of the padded shard's size, which is the same on all ranks: their all-gathers must match.
         self.rows_per_chunk = max(1, settings.buffer_bytes // max(1, bytes_per_row))
-        inverse = 1 / torch.as_tensor(rows.temperature, dtype=dtype, device=hidden_TH.device)
-        self.inverse_temperature_N = inverse.expand(self.num_rows).contiguous()
+        temperature = rows.temperature
+        if not isinstance(temperature, Tensor):  # filled on the device, where a copy would make the host wait
+            temperature = torch.full((), temperature, dtype=dtype, device=hidden_TH.device)
+        self.inverse_temperature_N = (1 / temperature.to(dtype)).expand(self.num_rows).contiguous()
         self._buffer_CV = torch.empty(
             min(self.rows_per_chunk, self.num_rows), self.shard.num_ids, dtype=dtype, device=hidden_TH.device
         )

@@ -31,6 +31,7 @@ from megatron_drpo.policy.forward import (
     LogprobForward,
     MicroBatchResult,
     TrainForward,
+    check_micro_batch_ids,
 )
 from megatron_drpo.policy.kernels import build_row_kernels
 from megatron_drpo.policy.logprobs import LogprobSettings
@@ -210,6 +211,7 @@ class Policy:
         Returns:
             One result per micro-batch on the last stage; nothing elsewhere.
         """
+        check_micro_batch_ids(micro_batches, self.architecture.vocab_size)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -248,7 +250,8 @@ class Policy:
         num_maxima = totals.maxima.numel()
         sums, maxima = ranks[:, :-num_maxima].sum(0), ranks[:, -num_maxima:].amax(0)
         diagnostics = Diagnostics(sums=sums[3:].view_as(totals.sums), maxima=maxima.view_as(totals.maxima))
-        return float(sums[0]), diagnostics, Agreement(int(sums[1]), int(sums[2]))
+        loss, num_replayed, num_equal = sums[:3].tolist()
+        return loss, diagnostics, Agreement(int(num_replayed), int(num_equal))
 
     # ----------------------------------------------------------------------------------------- scores
 
@@ -279,6 +282,7 @@ class Policy:
     def _score(
         self, chunks: Sequence[torch.nn.Module], micro_batches: list[MicroBatch], settings: ForwardSettings
     ) -> list[torch.Tensor]:
+        check_micro_batch_ids(micro_batches, self.architecture.vocab_size)
         forward = LogprobForward(settings)
         device = self.parallel.device
         return run_schedule(

@@ -21,6 +21,7 @@ from megatron_drpo.config import (
     PolicyConfig,
 )
 from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.packing import to_device
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.forward import TrainForward
 from megatron_drpo.policy.parallel import initialise_parallel
@@ -46,7 +47,7 @@ def count(config: Config, sequences: list[TrainSequence]) -> tuple[list[str], li
     ((micro_batch,),) = iter_global_batches(config, policy, sequences)
     settings = policy.forward_settings
     forward = TrainForward(policy.objective, settings, parallel)
-    output, loss_function = forward(iter([micro_batch]), policy.chunks[0])
+    output, loss_function = forward(iter([to_device(micro_batch, parallel.device)]), policy.chunks[0])
     hidden = output.detach().requires_grad_()
     (loss, _, _), in_forward = collectives(lambda: loss_function(hidden))
     _, in_backward = collectives(lambda: loss.backward())

@@ -265,10 +265,21 @@ def test_a_sequence_without_a_prompt_is_refused() -> None:
         pack(sequences, weights, pad_to_multiple=1)
 
 
+def test_to_device_finds_the_rows_that_have_a_loss() -> None:
+    sequences, weights = _sequences([(2, 3), (4, 2)])
+    sequences[0].loss_mask = torch.tensor([True, False, True])
+    sequences[1].loss_mask = torch.tensor([True, True])
+    moved = to_device(pack(sequences, weights, pad_to_multiple=8), torch.device("cpu"))
+    assert moved.loss_rows_N is not None
+    assert moved.loss_rows_N.tolist() == [1, 3, 8, 9]
+
+
 def test_to_device_moves_every_tensor() -> None:
     sequences, weights = _sequences([(2, 3)])
     moved = to_device(pack(sequences, weights, pad_to_multiple=8), torch.device("meta"))
     tensors = [moved.token_ids_T, moved.position_ids_T, moved.labels_T, moved.loss_mask_T, moved.cu_seqlens]
     tensors += [moved.rollout_logprobs_T, moved.advantages_T, moved.token_weights_T]
+    assert moved.loss_rows_N is not None
+    tensors.append(moved.loss_rows_N)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.max_seqlen, moved.sequence_ids) == (5, [100])

@@ -29,6 +29,8 @@ from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.registry import LOSSES
 from megatron_drpo.losses.surrogate import SurrogateLoss
 from megatron_drpo.losses.tokens import LossTokens
+from megatron_drpo.metrics.diagnostics import compute_diagnostics
+from tests.host_syncs import count_host_syncs
 
 CORRECTIONS: list[dict[str, Any]] = [
     {},
@@ -81,6 +83,32 @@ def test_closed_form_is_the_gradient_of_every_combination(
         assert (to_entropy == -entropy_coef).all()
         needs = name == "gspo" or "sequence_low" in correction or "opsm_delta" in correction
         assert objective.needs_sequences == needs
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_host_waits_for_no_value(name: str, random_tokens: LossTokens) -> None:
+    """On a GPU a loss, its gradient and its diagnostics are queued: none needs a number on the host."""
+    entropy = torch.linspace(0.1, 3.0, 200, dtype=torch.float64)
+    objectives = [
+        build_objective(
+            AlgorithmConfig(
+                loss=LossConfig(name=name),
+                anchor=Anchor.recomputed,
+                correction=CorrectionConfig(**correction),
+                kl=KlConfig(coef=0.1),
+                entropy_coef=0.01,
+            )
+        )
+        for correction in CORRECTIONS
+    ]
+    compute_diagnostics(random_tokens, entropy, objectives[0])  # bucket edges are copied once
+    with count_host_syncs() as syncs:
+        for objective in objectives:
+            objective.value(random_tokens, entropy)
+            objective.logprob_gradient(random_tokens)
+            objective.is_faulty(random_tokens)
+            compute_diagnostics(random_tokens, entropy, objective)
+    assert syncs.counts == {}
 
 
 def test_value_by_hand(make_tokens: Callable[..., LossTokens]) -> None:

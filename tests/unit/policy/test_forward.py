@@ -17,12 +17,15 @@ from megatron_drpo.config import (
     LogprobBackend,
     LogprobMode,
     LossConfig,
+    RoutingReplay,
     TokenCorrection,
 )
+from megatron_drpo.errors import DataError
 from megatron_drpo.losses.drpo import DrpoLoss
 from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.tokens import LossTokens
 from megatron_drpo.metrics.diagnostics import summarise
+from megatron_drpo.packing import to_device
 from megatron_drpo.policy.forward import (
     ForwardSettings,
     LogprobForward,
@@ -36,6 +39,7 @@ from megatron_drpo.policy.logprobs import LogprobSettings
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch, TrainSequence
+from tests.host_syncs import count_host_syncs
 
 BuildPolicy = Callable[[Config], Policy]
 MakeSequences = Callable[..., list[TrainSequence]]
@@ -63,7 +67,7 @@ def policy(build_policy: BuildPolicy, policy_config: Callable[..., Config]) -> P
 @pytest.fixture
 def micro_batch(policy: Policy, pack_all: PackAll, make_sequences: MakeSequences) -> MicroBatch:
     (packed,) = pack_all(policy, make_sequences([9, 14, 4]))
-    return packed
+    return to_device(packed, policy.parallel.device)
 
 
 def test_megatron_is_told_where_sequences_begin(micro_batch: MicroBatch) -> None:
@@ -175,6 +179,67 @@ def test_loss_rows_are_cut_out_of_the_packed_fields(micro_batch: MicroBatch) -> 
     expected = [sum(int(p) >= bound for bound in (9, 23)) for p in positions]
     assert rows.sequences.index_N.tolist() == expected
     assert torch.equal(LossRows.of(micro_batch, 0.9).anchor_logprobs_N, rows.rollout_logprobs_N)
+
+
+ON_THE_HOST = {
+    "megatron_drpo/policy/schedule.py:<genexpr>",
+    "megatron_drpo/packing.py:to_device",
+    "megatron_drpo/policy/forward.py:check_micro_batch_ids",
+    "megatron_drpo/policy/logprobs.py:check_ids",
+    "megatron_drpo/policy/logprobs.py:_check_is_one",
+}
+"""They look at micro-batches before these go to the device; the last one waits on a CPU alone."""
+
+
+@pytest.mark.parametrize("mode", [LogprobMode.one_pass, LogprobMode.recompute])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_host_waits_once_per_update(
+    build_policy: BuildPolicy,
+    policy_config: Callable[..., Config],
+    make_sequences: MakeSequences,
+    pack_all: PackAll,
+    mode: LogprobMode,
+    num_micro_batches: int,
+) -> None:
+    """For loss and diagnostics. Megatron waits once per mixture of experts, for the rows of each; replayed
+    routes and what the last stage computes add nothing. (Backward operators of torch itself, which have no
+    place in Python, are not looked at: the kernels that they come from are the stand-in's.)"""
+    config = policy_config(
+        "moe",
+        routing_replay=RoutingReplay.rollout,
+        logprob_mode=mode,
+        max_tokens_per_micro_batch=80 // num_micro_batches,
+    )
+    policy = build_policy(config)
+    assert policy.architecture.moe is not None
+    experts = torch.arange(policy.architecture.moe.num_experts_per_token, dtype=torch.uint8)
+    sequences = make_sequences([9, 14, 4, 30, 10])
+    for sequence in sequences:
+        sequence.routes = experts.expand(len(sequence) - 1, policy.architecture.num_layers, -1)
+    micro_batches = pack_all(policy, sequences)
+    assert len(micro_batches) == num_micro_batches
+    policy.reduce(policy.forward_backward(micro_batches))  # bucket edges are copied once
+    with count_host_syncs() as syncs:
+        policy.reduce(policy.forward_backward(micro_batches))
+    own = {place: count for place, count in syncs.of("megatron_drpo/").items() if place not in ON_THE_HOST}
+    assert own == {"megatron_drpo/policy/policy.py:reduce": 1}
+    megatrons = syncs.of("megatron/core/transformer/")
+    assert megatrons == {
+        "megatron/core/transformer/moe/experts.py:forward": num_micro_batches * policy.architecture.num_layers
+    }
+
+
+def test_ids_are_checked_before_they_go_to_the_device(
+    policy: Policy, pack_all: PackAll, make_sequences: MakeSequences
+) -> None:
+    (micro_batch,) = pack_all(policy, make_sequences([9, 14, 4]))
+    position = int(micro_batch.loss_mask_T.nonzero()[3])
+    micro_batch.labels_T[position] = 101
+    for run in (policy.forward_backward, policy.compute_logprobs):
+        with pytest.raises(
+            DataError, match=f"the label 101 of token {position} of the micro-batch is outside"
+        ):
+            run([micro_batch])
 
 
 def test_a_masked_token_contributes_nothing_whatever_its_value(
