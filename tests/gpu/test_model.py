@@ -6,10 +6,12 @@ Each policy lives in a process of its own: this one may have given torch.cuda th
 from __future__ import annotations
 
 import multiprocessing
+import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -48,9 +50,10 @@ def make_config(model: Path, dtype: Dtype, layers: Layers) -> Config:
 
 
 def take_step(platform_name: PlatformName, config: Config, sequences: list[TrainSequence]) -> dict[str, Any]:
-    """One update: loss, gradient norm, weights afterwards, and bytes on the device."""
+    """One update: loss, gradient norm, weights afterwards, bytes on the device, and where the host waited."""
     from megatron_drpo.global_batch import iter_global_batches
     from megatron_drpo.metrics.timing import StepTimer
+    from megatron_drpo.packing import unpack
     from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy
@@ -61,18 +64,51 @@ def take_step(platform_name: PlatformName, config: Config, sequences: list[Train
     on_gpu = platform_name is PlatformName.cuda
     before = torch.cuda.memory_allocated() if on_gpu else 0
     [micro_batches] = iter_global_batches(config, policy, sequences)
-    logprobs = torch.cat([values.cpu() for values in policy.compute_logprobs(micro_batches)])
+    logprobs: dict[int, torch.Tensor] = {}  # by sequence: padding depends on the platform
+    for values, micro_batch in zip(policy.compute_logprobs(micro_batches), micro_batches, strict=True):
+        logprobs |= unpack(values.cpu(), micro_batch)
     result = policy.train_step(micro_batches, StepTimer())
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    waits = find_waits(lambda: policy.reduce(policy.forward_backward(micro_batches))) if on_gpu else []
     weights = {name: tensor.cpu().clone() for name, tensor in policy.hf_tensors()}
     return {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
-        "logprobs": logprobs,
+        "logprobs": torch.cat([logprobs[sequence.id] for sequence in sequences]),
         "weights": weights,
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "held": before,
-        "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "peak": peak,
+        "waits": waits,
     }
+
+
+def find_waits(run: Callable[[], object]) -> list[str]:
+    """Functions of this package in which torch saw the host wait for the GPU, once per time."""
+    places: list[str] = []
+
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if "synchronizing CUDA operation" not in str(message):
+            return
+        own = [frame for frame in traceback.extract_stack() if "/megatron_drpo/" in frame.filename]
+        places.extend(f"{Path(frame.filename).name}:{frame.name}" for frame in own[-1:])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return places
 
 
 def in_a_process(*arguments: Any) -> dict[str, Any]:
@@ -130,3 +166,14 @@ def test_memory_of_a_step(
     assert 10 <= per_parameter < 12
     fixed = small["held"] + 8 * small["parameters"]
     assert large["peak"] - fixed < 2.2 * (small["peak"] - fixed)
+
+
+def test_the_host_waits_once_per_update(
+    hf_model: Callable[[str], Path], make_sequences: Callable[..., list[TrainSequence]]
+) -> None:
+    """As tests/unit/policy/test_forward.py counts it on a CPU. Where Megatron waits it was called from one of two
+    functions: within the model's forward pass, or by its schedule."""
+    config = make_config(hf_model("moe"), Dtype.bf16, Layers.transformer_engine)
+    waits = in_a_process(PlatformName.cuda, config, make_sequences([40] * 16))["waits"]
+    megatrons = {"forward.py:run_model", "schedule.py:run_schedule"}
+    assert [place for place in waits if place not in megatrons] == ["policy.py:reduce"]
