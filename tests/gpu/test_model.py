@@ -171,8 +171,8 @@ def test_memory_of_a_step(
 def test_the_host_waits_once_per_update(
     hf_model: Callable[[str], Path], make_sequences: Callable[..., list[TrainSequence]]
 ) -> None:
-    """As tests/unit/policy/test_forward.py counts it on a CPU. Where Megatron waits it was called from one of two
-    functions: within the model's forward pass, or by its schedule."""
+    """As tests/unit/policy/test_forward.py counts it on a CPU. Where Megatron waits, it was called from one
+    of two functions: in the model's forward pass, or by its schedule."""
     config = make_config(hf_model("moe"), Dtype.bf16, Layers.transformer_engine)
     waits = in_a_process(PlatformName.cuda, config, make_sequences([40] * 16))["waits"]
     megatrons = {"forward.py:run_model", "schedule.py:run_schedule"}
