@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megatron_drpo.config import OnBadRoutes, RolloutConfig, WeightSyncConfig
+from megatron_drpo.config import OnBadRoutes, RolloutConfig, WeightSyncConfig, WeightSyncPath
 from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.rollout.completion import Completion, RouteShape
 from megatron_drpo.rollout.conversation import Conversation
@@ -57,7 +57,9 @@ def push(
 ) -> Iterator[Callable[[int], None]]:
     """`push(version)`: the server has these weights, by checksum."""
     pusher = WeightPusher(
-        WeightSyncConfig(), model_path=hf_model(MODEL), run_dir=tmp_path_factory.mktemp("push")
+        WeightSyncConfig(path=WeightSyncPath.tensor),
+        model_path=hf_model(MODEL),
+        run_dir=tmp_path_factory.mktemp("push"),
     )
 
     def run(version: int) -> None:

@@ -28,6 +28,7 @@ from megatron_drpo.config import (
     RolloutConfig,
     RoutingReplay,
     WeightSyncConfig,
+    WeightSyncPath,
 )
 from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.hf_io import HfFolder
@@ -76,7 +77,9 @@ def sequences(
     """More than 10,000 tokens with the experts that the server chose, in groups that share a prefix."""
     endpoint, folder = sglang_server(hf_model(MODEL)), HfFolder(hf_model(MODEL))
     pusher = WeightPusher(
-        WeightSyncConfig(), model_path=hf_model(MODEL), run_dir=tmp_path_factory.mktemp("push")
+        WeightSyncConfig(path=WeightSyncPath.tensor),
+        model_path=hf_model(MODEL),
+        run_dir=tmp_path_factory.mktemp("push"),
     )
     assert pusher.push(((name, folder.get(name)) for name in folder), 0, [endpoint]).updated == [endpoint]
     pusher.close()
