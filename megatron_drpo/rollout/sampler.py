@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -17,6 +18,10 @@ from megatron_drpo.rollout.failures import Failures
 from megatron_drpo.rollout.http_errors import RetryableError, ServerTimeoutError, UnavailableError
 from megatron_drpo.rollout.pool import NoServerError, PooledServer, ServerLostError, ServerPool
 from megatron_drpo.rollout.sample import Sample
+
+_ABORT_LIMIT_S = 10.0
+"""For aborted requests to end; a server that takes longer is found out by the weight update that follows."""
+_ABORT_POLL_S = 0.005
 
 
 class AbortedError(RetryableError):
@@ -96,19 +101,28 @@ class Sampler:
         return None
 
     async def interrupt(self) -> None:
-        """End all requests in flight with the tokens they have; they go on after the next `set_servers`."""
+        """End all requests in flight with the tokens they have; they go on after the next `set_servers`.
+
+        It returns when they have ended: one that is aborted decodes once more, and a server that is given
+        weights before that would do so with new weights over the old ones' cache.
+        """
         self._pool.hold()
         busy = [server for server in self._pool.servers if server.num_in_flight and not server.suspended]
         await asyncio.gather(*(self._interrupt(server) for server in busy))
 
     async def _interrupt(self, server: PooledServer) -> None:
-        for rid in [*self._in_flight[server.endpoint]]:
+        in_flight = self._in_flight[server.endpoint]
+        rids = {*in_flight}
+        for rid in rids:
             self._interrupted.add(rid)
             try:
                 await server.client.abort(rid)
             except RetryableError as error:
                 self._pool.suspend(server, str(error))
                 return
+        end = time.monotonic() + _ABORT_LIMIT_S
+        while in_flight & rids and time.monotonic() < end:
+            await asyncio.sleep(_ABORT_POLL_S)
 
     async def _attempt(self, server: PooledServer, samples: list[Sample], num_topk: int) -> None:
         version = self.policy_version

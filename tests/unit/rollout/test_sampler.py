@@ -58,6 +58,8 @@ class Client:
         self.held: list[int] = [4, 4]
         """What a request that is aborted has by then."""
         self.is_healthy = False
+        self.end_delay_s = 0.0
+        """Of an aborted request, which decodes once more."""
         self.times: list[float] = []
         """When requests came."""
 
@@ -76,6 +78,7 @@ class Client:
         if not result:  # held until it is aborted
             await self.abort_event.wait()
             self.abort_event.clear()
+            await asyncio.sleep(self.end_delay_s)
             return [answer(self.held, version=extra_key, kind="abort") for _ in requests]
         return result
 
@@ -186,10 +189,12 @@ def test_tokens_of_other_weights_are_dropped_and_the_server_is_fenced(version: s
 def test_an_interrupted_sample_goes_on_from_its_tokens_with_the_new_weights() -> None:
     async def test(bench: Bench) -> None:
         samples = make_samples(2)
+        bench.clients[A].end_delay_s = 0.2
         work = asyncio.ensure_future(bench.sampler.complete(samples))
         await asyncio.sleep(0.05)
         await bench.sampler.interrupt()
-        await asyncio.sleep(0.05)
+        # Nothing decodes any more when the servers are given new weights.
+        assert [sample.num_tokens for sample in samples] == [2, 2]
         assert not work.done()
         assert len(bench.clients[A].aborted) == 2
         bench.sampler.policy_version = 8
