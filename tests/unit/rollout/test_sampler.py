@@ -58,8 +58,6 @@ class Client:
         self.held: list[int] = [4, 4]
         """What a request that is aborted has by then."""
         self.is_healthy = False
-        self.end_delay_s = 0.0
-        """Of an aborted request, which decodes once more."""
         self.times: list[float] = []
         """When requests came."""
 
@@ -78,7 +76,7 @@ class Client:
         if not result:  # held until it is aborted
             await self.abort_event.wait()
             self.abort_event.clear()
-            await asyncio.sleep(self.end_delay_s)
+            await asyncio.sleep(0.1)  # an aborted request decodes once more
             return [answer(self.held, version=extra_key, kind="abort") for _ in requests]
         return result
 
@@ -189,7 +187,6 @@ def test_tokens_of_other_weights_are_dropped_and_the_server_is_fenced(version: s
 def test_an_interrupted_sample_goes_on_from_its_tokens_with_the_new_weights() -> None:
     async def test(bench: Bench) -> None:
         samples = make_samples(2)
-        bench.clients[A].end_delay_s = 0.2
         work = asyncio.ensure_future(bench.sampler.complete(samples))
         await asyncio.sleep(0.05)
         await bench.sampler.interrupt()
@@ -327,9 +324,7 @@ def test_without_a_server_that_generates_the_reason_is_the_servers() -> None:
         await bench.pool.set_servers([A])
         with pytest.raises(RolloutError) as caught:
             await bench.sampler.complete(make_samples(1))
-        assert str(caught.value).startswith(
-            "http://a: HTTP 503: busy (tried once; no rollout server took req"
-        )
+        assert str(caught.value).startswith("http://a: HTTP 503: busy (tried once; no rollout server took re")
         assert "rollout.no_server_timeout_s=1: http://a: 0 samples in flight, suspended:" in str(caught.value)
 
     run(test, {A: unavailable(99)})
