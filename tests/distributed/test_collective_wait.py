@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -94,3 +95,29 @@ def test_leaders_agree_on_the_largest_number(run_distributed: Callable[..., list
     ranks = run_distributed(agree_twice, 4, [0.6, 0.0])
     assert [rank["agreed"] for rank in ranks] == [[7, 6]] * 3 + [[]]
     assert [rank["repairs"] for rank in ranks] == [1] * 4
+
+
+def collectives_on_the_device() -> list[str]:
+    """What the ranks' own backend is asked for while two leaders wait at different times and agree."""
+    from megatron_drpo.collective_wait import CollectiveWait
+
+    asked: list[str] = []
+    start = nccl_like.NcclLike.start
+
+    def record(self: Any, name: str, *arguments: Any) -> dist.Work:
+        asked.append(name)
+        return start(self, name, *arguments)
+
+    rank = dist.get_rank()
+    wait = CollectiveWait(None, num_replicas=2, replica=rank)
+    with mock.patch.object(nccl_like.NcclLike, "start", record):
+        end = time.monotonic() + 0.5 * rank
+        wait.until(lambda timeout_s: sleep_until(end, timeout_s))
+        wait.agree(rank)
+        wait.for_others()
+    return asked
+
+
+def test_who_waits_does_so_on_the_host(run_distributed: Callable[..., list[list[str]]]) -> None:
+    """A collective of NCCL spins on a GPU that servers may need, and is an error after its time limit."""
+    assert run_distributed(collectives_on_the_device, 2, backend=nccl_like.NAME) == [[], []]
