@@ -53,6 +53,7 @@ from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.routes import RouteCheck
 from megatron_drpo.trainer import Trainer
+from megatron_drpo.upstream_warnings import ignore_expected_warnings
 from megatron_drpo.watchdog import Watchdog
 from megatron_drpo.weight_sync.control import FleetControl, build_directory
 from megatron_drpo.weight_sync.memory import ServerMemory
@@ -309,6 +310,7 @@ def main() -> None:
     other its traceback."""
     if SUPERVISOR_PID in os.environ:
         die_with_parent(int(os.environ[SUPERVISOR_PID]))
+    ignore_expected_warnings()
     try:
         config, problems = read_config(sys.argv[1:])
         is_main = RankInfo.from_environment().rank == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import warnings
 
 import pytest
 
-from megatron_drpo.upstream_warnings import EXPECTED, ignore_expected_warnings
+from megatron_drpo.upstream_warnings import EXPECTED, LOGGED, ignore_expected_warnings
 
 OTHER = "Something nobody expected"
 
@@ -43,3 +44,13 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         ignore_expected_warnings()
     assert os.environ["PYTHONWARNINGS"] == "error"
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_in_a_log(caplog: pytest.LogCaptureFixture, name: str) -> None:
+    with warnings.catch_warnings():
+        ignore_expected_warnings()
+    logger = logging.getLogger(name)
+    logger.warning("%s and so on.", LOGGED[name])
+    logger.warning(OTHER)
+    assert caplog.messages == [OTHER]

@@ -38,7 +38,7 @@ def test_unknown_overrides_name_the_nearest_field() -> None:
         ("moe_router_dtype", "fp8", "Optional[Literal['fp32', 'fp64']]"),
         ("moe_layer_freq", [1, "0"], "Union[int, List[int]]"),
         ("window_size", [1, 2, 3], "Optional[Tuple[int, int]]"),
-        ("activation_func", "silu", "Callable"),
+        ("init_method", "normal", "Optional[Callable]"),
         ("autocast_dtype", "bfloat16", "Optional[torch.dtype]"),
     ],
 )

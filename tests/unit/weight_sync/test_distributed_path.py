@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.weight_sync import group as group_module
+from megatron_drpo.weight_sync import nccl_version
 from megatron_drpo.weight_sync import push as push_module
 from megatron_drpo.weight_sync.distributed_path import DistributedPath
 from megatron_drpo.weight_sync.push import WeightPusher
@@ -200,7 +201,9 @@ def test_what_nccl_refuses_fences_the_server_alone(
     new: Tensors,
     settings: dict[str, Any],
     told: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(nccl_version, "cuda_version", lambda: "12.8")
     bad, good = make_stand_in(), make_stand_in()
     bad.nccl = Options(**settings)
     report = make_pusher().push(new.items(), 1, [bad.endpoint, good.endpoint])

@@ -61,7 +61,7 @@ def test_gradients_of_the_permutation(routing: tuple[Tensor, Tensor]) -> None:
             rows, row_ids = permutation.moe_permute(x, chosen)
             out = permutation.moe_unpermute(rows.sin(), row_ids, restore_shape=x.shape)
         else:
-            rows, _, order, *_ = moe_utils.permute(x, chosen)
+            rows, _, order, *_ = moe_utils.permute(x, chosen, num_out_tokens=int(chosen.sum()))
             out = moe_utils.unpermute(rows.sin(), order, x.shape)
         (out * values(TOKENS, HIDDEN, seed=1)).sum().backward()
         grads.append(x.grad)
