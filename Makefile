@@ -28,7 +28,7 @@ INSTALLED_SGLANG := .venv-sglang/.installed
 # $(call stage,NAME) COMMANDS: say what starts and, however it ends, how long it took.
 stage = echo "==> $(1)"; trap 'echo "    $(1): $$SECONDS s"' EXIT;
 
-.PHONY: help install quickstart test parity gpu-proof check format sglang-env test-sglang env-py312 test-py312 clean
+.PHONY: help install quickstart test parity gpu-proof check format sglang-env test-sglang test-rare env-py312 test-py312 clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -66,8 +66,12 @@ format: $(INSTALLED) ## rewrite the sources in the one format
 sglang-env: $(INSTALLED_SGLANG) ## create .venv-sglang: the rollout servers' environment (2 GB without a GPU)
 
 test-sglang: export OMP_NUM_THREADS := 1
-test-sglang: $(INSTALLED) $(INSTALLED_SGLANG) ## the tests that start real SGLang servers
-	@$(call stage,tests with SGLang) $(PYTHON) -m pytest -q -m sglang tests/sglang --durations=10 --durations-min=5 $(PYTEST_ARGS)
+test-sglang: $(INSTALLED) $(INSTALLED_SGLANG) ## the tests that start real SGLang servers: about 7 minutes
+	@$(call stage,tests with SGLang) $(PYTHON) -m pytest -q -m "sglang and not rare" tests/sglang --durations=10 --durations-min=5 $(PYTEST_ARGS)
+
+test-rare: export OMP_NUM_THREADS := 1
+test-rare: $(INSTALLED) $(INSTALLED_SGLANG) ## tests of benches that take minutes; not part of CI
+	@$(call stage,rare tests) $(PYTHON) -m pytest -q -m rare --durations=10 --durations-min=5 $(PYTEST_ARGS)
 
 env-py312: $(INSTALLED_312) ## create .venv-py312: Python 3.12, megatron-core 0.19.2, a CUDA build of torch (5.6 GB in all)
 

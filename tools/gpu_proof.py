@@ -42,6 +42,8 @@ PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "transform
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short")
 TRAIN = (sys.executable, "-m", "megatron_drpo.cli", "train")
+# A GPU run compiles the kernels. On a CPU an interpreter stands for Triton's, and to compile is slow.
+_ON_A_CPU = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,8 @@ def run_part(part: Part, folder: Path, remaining_s: float, *, is_dry: bool) -> R
         _write_model(folder / "model")
     started = time.monotonic()
     log = folder / f"{part.name}.log"
-    # A GPU run compiles the kernels; the interpreter stands for them on a CPU.
     environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if is_dry else {}
+    environ |= _ON_A_CPU if is_dry else {}
     limit = min(part.limit_s, remaining_s)
     with log.open("w") as output:
         try:

@@ -105,7 +105,7 @@ LAYOUTS: dict[str, Layout] = {
 
 # ---------------------------------------------------------------------------------------------- cases
 
-SPLITS = {"one": 4096, "many": 56}
+SPLITS = {"one": 4096, "many": 112}
 """Tokens per micro-batch: the whole global batch in one, or many of unequal lengths."""
 
 

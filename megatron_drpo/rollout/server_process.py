@@ -76,11 +76,23 @@ class Server(Protocol):
 class ServerProcess:
     """A server on this machine; it leads a process group of its own."""
 
-    def __init__(self, name: str, endpoint: str, log_path: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self,
+        name: str,
+        endpoint: str,
+        log_path: Path,
+        process: subprocess.Popen[bytes],
+        reserved_port: socket.socket | None = None,
+    ) -> None:
+        """
+        Args:
+            reserved_port: stays open until the server is killed.
+        """
         self.name = name
         self.endpoint = endpoint
         self.log_path = log_path
         self.process = process
+        self.reserved_port = reserved_port
 
     @property
     def pid(self) -> int:
@@ -100,6 +112,8 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(_KILL_TIMEOUT_S)
+        if self.reserved_port is not None:
+            self.reserved_port.close()
 
 
 def generates(endpoint: str, *, timeout_s: float, api_key: str | None = None) -> bool:
@@ -165,8 +179,8 @@ def start_sglang(
             f"rollout.sglang.python={sglang.python}: there is no such file; `make sglang-env` builds the "
             "environment of SGLang"
         )
-    with socket.create_server((sglang.host, 0)) as sock:  # SGLang takes no open socket: free again below
-        port = sock.getsockname()[1]
+    reserved_port = reserve_port(sglang.host)
+    port = reserved_port.getsockname()[1]
     on_cpu = first_gpu is None
     arguments = [
         *("--model-path", model.path, "--dtype", _DTYPE_NAMES[model.dtype]),
@@ -189,7 +203,21 @@ def start_sglang(
     if config.api_key is not None:
         environment[API_KEY] = config.api_key
     process = _start(command, environment, log_path)
-    return ServerProcess(server_name(index), f"http://{sglang.host}:{port}", log_path, process)
+    endpoint = f"http://{sglang.host}:{port}"
+    return ServerProcess(server_name(index), endpoint, log_path, process, reserved_port)
+
+
+def reserve_port(host: str) -> socket.socket:
+    """A free TCP port of this host for a server that is told the number, as SGLang is, and opens it later.
+
+    While the socket is open, the kernel gives the port to nobody who asks for any port; a server that names
+    it and sets SO_REUSEADDR, as they do, can listen on it, because this socket does not. A port that is only
+    looked up and closed again can be another process's once the server has loaded its model.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, 0))
+    return sock
 
 
 def _given(flag: str, value: int | None) -> list[str]:

@@ -41,7 +41,7 @@ def overlap(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.server
 @pytest.mark.timeout(900)
 def test_overlap_tells_every_step(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tools import bench_weight_sync
 
 
+@pytest.mark.rare
 @pytest.mark.sglang
 @pytest.mark.timeout(400)
 def test_without_arguments(

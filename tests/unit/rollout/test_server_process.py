@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from megatron_drpo.config import Dtype, RolloutConfig, RoutingReplay, SGLangServerConfig
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.server_process import ServedModel, start_sglang
+from megatron_drpo.rollout.server_process import ServedModel, reserve_port, start_sglang
 
 INTERPRETER = """#!{python}
 import json, os, sys, time
@@ -114,3 +116,42 @@ def test_an_environment_that_is_not_there(tmp_path: Path) -> None:
     model = ServedModel(path="model", dtype=Dtype.fp32)
     with pytest.raises(RolloutError, match="nowhere/python: there is no such file; `make sglang-env`"):
         start_sglang(config, model, 0, tmp_path / "log", first_gpu=None)
+
+
+def any_port_of(port: int) -> int:
+    """What the kernel gives to who asks for any port, if this were the only one there is."""
+    ip_local_port_range = 51  # linux/in.h; since Linux 6.3
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, ip_local_port_range, struct.pack("I", port << 16 | port))
+        except OSError:
+            pytest.skip("this kernel has no port range per socket")
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_a_port_stays_the_servers_until_it_listens() -> None:
+    """A server that loads its model for minutes found its port taken: exit code 3 of uvicorn."""
+    with reserve_port("127.0.0.1") as reserved:
+        host, port = reserved.getsockname()
+        with pytest.raises(OSError, match="Address already in use"):
+            any_port_of(port)
+        with (
+            socket.create_server((host, port)) as server,  # sets SO_REUSEADDR
+            socket.create_connection((host, port), timeout=5) as client,
+        ):
+            assert client.getpeername() == server.getsockname()
+    assert any_port_of(port) == port
+
+
+def test_the_port_is_free_once_the_server_is_killed(tmp_path: Path) -> None:
+    model = ServedModel(path="model", dtype=Dtype.fp32)
+    config = RolloutConfig(sglang=SGLangServerConfig(python=sys.executable))
+    server = start_sglang(config, model, 0, tmp_path / "log", first_gpu=None)
+    port = int(server.endpoint.rpartition(":")[2])
+    try:
+        with pytest.raises(OSError, match="Address already in use"):
+            any_port_of(port)
+    finally:
+        server.kill()
+    assert any_port_of(port) == port
