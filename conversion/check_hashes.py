@@ -13,8 +13,8 @@ from conversion.manifest import Manifest, find_manifest, hash_rows, read_manifes
 from conversion.plan import Unit
 from conversion.to_hf import ToHf
 from conversion.workers import check_jobs
-from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.integrity import INTEGRITY_FILE, hash_file, read_integrity
+from megatron_drpo.weights.hf_folder import HfFolder
+from megatron_drpo.weights.integrity import INTEGRITY_FILE, hash_file, read_integrity
 
 
 def check_files(folder: Path, *, num_workers: int) -> list[str]:

@@ -15,19 +15,19 @@ from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from conversion.to_hf import ToHf, ToHfOptions
-from megatron_drpo.config import Config, DataConfig, Dtype, ParallelConfig, PlatformName, PolicyConfig
-from megatron_drpo.integrity import INTEGRITY_FILE
-from megatron_drpo.models.export import HfExporter
-from megatron_drpo.models.load_megatron import READ_ERRORS, describe_error, load_megatron_weights
-from megatron_drpo.models.mapping import TensorMap
-from megatron_drpo.models.places import KeyLayout, is_training_state
-from megatron_drpo.packing import pack
+from megatron_drpo.batching.packing import pack
+from megatron_drpo.config.schema import Config, DataConfig, Dtype, ParallelConfig, PlatformName, PolicyConfig
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.forward import last_hidden_states, run_model
 from megatron_drpo.policy.model import PolicyModel, build_model_chunks, build_transformer_config
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
 from megatron_drpo.policy.schedule import run_schedule
 from megatron_drpo.types import MicroBatch, TrainSequence
+from megatron_drpo.weights.export import HfExporter
+from megatron_drpo.weights.integrity import INTEGRITY_FILE
+from megatron_drpo.weights.load_megatron import READ_ERRORS, describe_error, load_megatron_weights
+from megatron_drpo.weights.mapping import TensorMap
+from megatron_drpo.weights.torch_dist_keys import KeyLayout, is_training_state
 
 _BATCH_BYTES = 2**30
 

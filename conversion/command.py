@@ -17,9 +17,9 @@ from rich.table import Table
 from conversion.plan import UNIT_BYTES
 from conversion.run import Conversion, run_conversion
 from megatron_drpo.errors import DrpoError
-from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.runtime.process_end import Terminated, ends_in_order_on_sigterm, tell_end
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

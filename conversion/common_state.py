@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from conversion.torch_dist_reader import TorchDistReader
-from megatron_drpo.torch_dist import COMMON_FILE
+from megatron_drpo.weights.torch_dist import COMMON_FILE
 
 _OBJECT = "common_state/shard_0_1"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.models.mapping import LAYER_PREFIX, MegatronName
-from megatron_drpo.models.places import Place, Places
+from megatron_drpo.weights.mapping import LAYER_PREFIX, MegatronName
+from megatron_drpo.weights.torch_dist_keys import Place, Places
 
 _SUFFIX = "._extra_state"
 _ATTENTION = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")

@@ -11,7 +11,7 @@ import torch
 
 from conversion.manifest import Manifest
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.weights.hf_folder import HfFolder
 
 
 class HfRows:

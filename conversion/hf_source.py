@@ -7,9 +7,9 @@ import torch
 from conversion.hf_rows import HfRows
 from conversion.manifest import find_manifest
 from megatron_drpo.errors import ModelError
-from megatron_drpo.fp8 import BLOCK, HF_SCALE_SUFFIX, check_quantization_config, dequantize_blockwise
-from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.models.mapping import ParameterMapping
+from megatron_drpo.weights.fp8 import BLOCK, HF_SCALE_SUFFIX, check_quantization_config, dequantize_blockwise
+from megatron_drpo.weights.hf_folder import HfFolder
+from megatron_drpo.weights.mapping import ParameterMapping
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from conversion.workspace import start_writeback
-from megatron_drpo.hf_io import shard_file
-from megatron_drpo.safetensors_header import build_header
+from megatron_drpo.weights.hf_folder import shard_file
+from megatron_drpo.weights.safetensors_header import build_header
 
 
 class _TensorPlace(NamedTuple):

@@ -20,7 +20,7 @@ from conversion.command import (
     run_command,
 )
 from conversion.to_megatron import ToMegatron, ToMegatronOptions
-from megatron_drpo.models.places import KeyLayout
+from megatron_drpo.weights.torch_dist_keys import KeyLayout
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,10 +27,10 @@ from conversion.command import build_parser, describe, run_command
 from conversion.common_state import read_common_state
 from conversion.torch_dist_reader import TorchDistReader
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig, HfFolder, read_hf_config
-from megatron_drpo.models.places import find_layout, is_training_state
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.torch_dist import HF_FOLDER
+from megatron_drpo.weights.hf_folder import HfConfig, HfFolder, read_hf_config
+from megatron_drpo.weights.torch_dist import HF_FOLDER
+from megatron_drpo.weights.torch_dist_keys import find_layout, is_training_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

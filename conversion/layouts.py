@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_drpo.config import ParallelConfig
+from megatron_drpo.config.schema import ParallelConfig
 from megatron_drpo.errors import ConversionError
 
 _AXES = {

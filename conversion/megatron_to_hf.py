@@ -23,7 +23,7 @@ from conversion.command import (
     run_command,
 )
 from conversion.to_hf import ToHf, ToHfOptions
-from megatron_drpo.hf_io import MAX_SHARD_BYTES
+from megatron_drpo.weights.hf_folder import MAX_SHARD_BYTES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.fp8 import BLOCK
-from megatron_drpo.models.mapping import MegatronName, ParameterMapping, TensorMap
+from megatron_drpo.weights.fp8 import BLOCK
+from megatron_drpo.weights.mapping import MegatronName, ParameterMapping, TensorMap
 
 PIECE_ELEMENTS = 32 * 2**20
 """64 MiB in bf16. Not bytes: pieces, which hashes are of, must not depend on the dtype read or written."""

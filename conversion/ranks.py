@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.lifetime import die_with_parent
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.runtime.process_end import die_with_parent
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 
 _POLL_S = 1.0
 

@@ -16,18 +16,24 @@ from conversion.plan import UNIT_BYTES, Piece, Unit, check_coverage, cut, group_
 from conversion.torch_dist_reader import TorchDistReader
 from conversion.workspace import Workspace
 from megatron_drpo.errors import CheckpointError, ConversionError
-from megatron_drpo.fp8 import (
+from megatron_drpo.models.registry import get_family
+from megatron_drpo.weights.fp8 import (
     BLOCK,
     HF_SCALE_SUFFIX,
     is_quantized,
     quantization_config,
     quantize_blockwise,
 )
-from megatron_drpo.hf_io import MAX_SHARD_BYTES, copy_config_files, read_hf_config, update_config, write_index
-from megatron_drpo.models.mapping import TensorMap
-from megatron_drpo.models.places import Place, Places, check_places, find_layout, is_training_state
-from megatron_drpo.models.registry import get_family
-from megatron_drpo.torch_dist import HF_FOLDER
+from megatron_drpo.weights.hf_folder import (
+    MAX_SHARD_BYTES,
+    copy_config_files,
+    read_hf_config,
+    update_config,
+    write_index,
+)
+from megatron_drpo.weights.mapping import TensorMap
+from megatron_drpo.weights.torch_dist import HF_FOLDER
+from megatron_drpo.weights.torch_dist_keys import Place, Places, check_places, find_layout, is_training_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,14 +33,14 @@ from conversion.torch_dist_writer import (
 )
 from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError, ModelError
-from megatron_drpo.hf_io import HfFolder, copy_config_files, update_config
-from megatron_drpo.integrity import write_integrity
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.models.mapping import TensorMap
-from megatron_drpo.models.places import KeyLayout, Places
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.models.tied_head import check_tied_head
-from megatron_drpo.torch_dist import HF_FOLDER, TRACKER_FILE
+from megatron_drpo.weights.hf_folder import HfFolder, copy_config_files, update_config
+from megatron_drpo.weights.integrity import write_integrity
+from megatron_drpo.weights.mapping import TensorMap
+from megatron_drpo.weights.tied_head import check_tied_head
+from megatron_drpo.weights.torch_dist import HF_FOLDER, TRACKER_FILE
+from megatron_drpo.weights.torch_dist_keys import KeyLayout, Places
 
 RELEASE = "release"
 """Megatron-LM's name for weights that belong to no iteration."""

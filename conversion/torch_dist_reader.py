@@ -16,8 +16,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.integrity import check_description
-from megatron_drpo.torch_dist import CONFIG_FILE, METADATA_FILE, find_checkpoint, read_metadata
+from megatron_drpo.weights.integrity import check_description
+from megatron_drpo.weights.torch_dist import CONFIG_FILE, METADATA_FILE, find_checkpoint, read_metadata
 
 
 class Chunk(NamedTuple):

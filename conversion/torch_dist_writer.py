@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from conversion.torch_dist_reader import Chunk
 from conversion.workspace import flush_path, start_writeback
-from megatron_drpo.torch_dist import COMMON_FILE, CONFIG_FILE, METADATA_FILE
+from megatron_drpo.weights.torch_dist import COMMON_FILE, CONFIG_FILE, METADATA_FILE
 
 _OBJECTS_FILE = "__objects_0.distcp"
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

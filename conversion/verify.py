@@ -28,11 +28,11 @@ from conversion.layouts import parse_layout
 from conversion.manifest import find_manifest
 from conversion.run import run_conversion
 from conversion.to_hf import ToHf, ToHfOptions
-from megatron_drpo.config import ParallelConfig
+from megatron_drpo.config.schema import ParallelConfig
 from megatron_drpo.errors import CheckpointError, ConversionError
-from megatron_drpo.hf_io import INDEX_FILE, SINGLE_FILE, HfFolder
-from megatron_drpo.integrity import read_integrity
-from megatron_drpo.models.tied_head import check_tied_head
+from megatron_drpo.weights.hf_folder import INDEX_FILE, SINGLE_FILE, HfFolder
+from megatron_drpo.weights.integrity import read_integrity
+from megatron_drpo.weights.tied_head import check_tied_head
 
 LOGIT_TOLERANCE = 1e-3
 _SEQUENCE_LENGTHS = (5, 33, 17)

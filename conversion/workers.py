@@ -28,7 +28,7 @@ from rich.progress import (
 from conversion.plan import Unit
 from conversion.workspace import Workspace
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.lifetime import Terminated, die_with_parent
+from megatron_drpo.runtime.process_end import Terminated, die_with_parent
 
 Work = Callable[[Any, Callable[[int], None]], Any]
 """Does one job and returns what the parent needs; calls the second argument with bytes as they are done."""

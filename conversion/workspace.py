@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.hf_io import replace_folder, replaced_path
+from megatron_drpo.weights.hf_folder import replace_folder, replaced_path
 
 _PUBLISHED = {"published": True}
 """The journal's last line, written just before the content gets its name."""

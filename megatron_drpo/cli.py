@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_drpo.errors import ConfigError, DrpoError
-from megatron_drpo.lifetime import (
+from megatron_drpo.runtime.process_end import (
     Terminated,
     ends_at_once_on_sigterm,
     ends_in_order_on_sigterm,
@@ -22,12 +22,12 @@ from megatron_drpo.lifetime import (
 )
 
 if TYPE_CHECKING:
-    from megatron_drpo.config import Config
+    from megatron_drpo.config.schema import Config
 
 SETTINGS = "[config=FILE.yaml] [key.sub=value ...]"
 _KEYS = f"""\
 config=FILE.yaml names a file of settings, key.sub=value sets one and wins over the file. Every setting, with
-its default and its rule: {Path(__file__).with_name("config.py")}"""
+its default and its rule: {Path(__file__).parent / "config" / "schema.py"}"""
 _EPILOG = """\
 On a cluster the ranks are started by its own means: torchrun ... -m megatron_drpo.train config=run.yaml
 
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_fleet_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from megatron_drpo.config import Config
+    from megatron_drpo.config.schema import Config
 
     example = "config=run.yaml rollout.fleet.num_servers=4"
     _add(commands, "up", _fleet_up, "start the rollout servers and look after them", example, _KEYS)
@@ -136,7 +136,7 @@ def _run(arguments: list[str]) -> None:
         parser.error("a command is required, see --help")
     if rest and not options.takes_settings:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from megatron_drpo.upstream_warnings import ignore_expected_warnings
+    from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 
     ignore_expected_warnings()
     options.run(options, rest)
@@ -156,11 +156,11 @@ def _versions() -> str:
 
 
 def _load(settings: list[str]) -> Config:
-    from megatron_drpo.config_io import read_config
+    from megatron_drpo.config.io import read_config
 
     config, problems = read_config(settings)
     if problems:
-        from megatron_drpo.check import refuse_problems  # it imports torch
+        from megatron_drpo.launch.check import refuse_problems  # it imports torch
 
         refuse_problems(config, problems)
     return config
@@ -168,16 +168,16 @@ def _load(settings: list[str]) -> Config:
 
 def _train(_: argparse.Namespace, settings: list[str]) -> None:
     config = _load(settings)
-    from megatron_drpo.supervisor import supervise  # after the configuration: it imports torch
+    from megatron_drpo.launch.supervisor import supervise  # after the configuration: it imports torch
 
     supervise(config)
 
 
 def _check(_: argparse.Namespace, settings: list[str]) -> None:
     config = _load(settings)
-    from megatron_drpo.check import check_config, refuse_problems, warn_config
-    from megatron_drpo.config_io import to_yaml
-    from megatron_drpo.resolve import resolve_config
+    from megatron_drpo.config.io import to_yaml
+    from megatron_drpo.launch.check import check_config, refuse_problems, warn_config
+    from megatron_drpo.launch.resolve import resolve_config
 
     resolve_config(config)
     refuse_problems(config, check_config(config))
@@ -199,25 +199,25 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _fleet_up(_: argparse.Namespace, settings: list[str]) -> None:
-    from megatron_drpo.rollout import fleet_command
+    from megatron_drpo.fleet.command import up
 
-    fleet_command.up(_load(settings))
+    up(_load(settings))
 
 
 def _fleet_down(options: argparse.Namespace, _: list[str]) -> None:
-    from megatron_drpo.rollout import fleet_command
+    from megatron_drpo.fleet.command import down
 
-    fleet_command.down(options.run_dir)
+    down(options.run_dir)
 
 
 def _fleet_status(options: argparse.Namespace, _: list[str]) -> None:
-    from megatron_drpo.rollout import fleet_status
+    from megatron_drpo.fleet.status import status
 
     name = options.api_key_env
     key = None if name is None else os.environ.get(name)
     if name is not None and not key:
         raise ConfigError(f"--api-key-env {name}: that environment variable is not set")
-    fleet_status.status(options.run_dir, watch=options.watch, as_json=options.json, api_key=key)
+    status(options.run_dir, watch=options.watch, as_json=options.json, api_key=key)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_drpo.check import check_config, refuse_problems, warn_config
-from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.collective_wait import CollectiveWait
-from megatron_drpo.colocation import SharedDevices
-from megatron_drpo.config import Config, Mode, OnBadLine, PlatformName, RoutingReplay, WeightSyncPath
-from megatron_drpo.config_io import read_config
+from megatron_drpo.batching.route_check import RouteCheck
+from megatron_drpo.checkpoint.checkpointer import Checkpointer
+from megatron_drpo.config.io import read_config
+from megatron_drpo.config.schema import Config, Mode, OnBadLine, PlatformName, RoutingReplay, WeightSyncPath
 from megatron_drpo.data.prompts import PromptFile, load_prompts
 from megatron_drpo.data.source import PromptShare, PromptSource
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
 from megatron_drpo.errors import ConfigError, DrpoError, NumericsError, RolloutError
-from megatron_drpo.experience import (
-    DemonstrationExperience,
-    Evaluator,
-    ExperienceSource,
-    RolloutExperience,
-)
-from megatron_drpo.lifetime import SUPERVISOR_PID, die_with_parent
+from megatron_drpo.fleet.build import starts_fleet
+from megatron_drpo.fleet.metrics import FleetWatch
+from megatron_drpo.launch.check import check_config, refuse_problems, warn_config
+from megatron_drpo.launch.resolve import resolve_config
 from megatron_drpo.losses.registry import build_loss
 from megatron_drpo.metrics.progress import Progress
 from megatron_drpo.metrics.prometheus import PrometheusServer
@@ -42,23 +37,28 @@ from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
-from megatron_drpo.publish import WeightPublisher
-from megatron_drpo.resolve import resolve_config
 from megatron_drpo.rewards.functions import needs_answer
 from megatron_drpo.rewards.pool import RewardPool
 from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, wait_until_ready
-from megatron_drpo.rollout.fleet_metrics import FleetWatch
-from megatron_drpo.rollout.launch import starts_fleet
 from megatron_drpo.rollout.time_limits import reload_limit_s
-from megatron_drpo.routes import RouteCheck
+from megatron_drpo.runtime.process_end import SUPERVISOR_PID, die_with_parent
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.runtime.watchdog import Watchdog
+from megatron_drpo.step.colocation import SharedDevices
+from megatron_drpo.step.experience_source import (
+    DemonstrationExperience,
+    Evaluator,
+    ExperienceSource,
+    RolloutExperience,
+)
+from megatron_drpo.step.leader_wait import CollectiveWait
+from megatron_drpo.step.publish import WeightPublisher
 from megatron_drpo.trainer import Trainer
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
-from megatron_drpo.watchdog import Watchdog
 from megatron_drpo.weight_sync.control import FleetControl, build_directory
-from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.push import WeightPusher
 from megatron_drpo.weight_sync.rank_environment import build_rank_environment
+from megatron_drpo.weight_sync.server_memory import ServerMemory
 
 
 def run(config: Config) -> None:

@@ -9,15 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.checkpoint import Checkpointer, RunState
-from megatron_drpo.collective_wait import CollectiveWait
-from megatron_drpo.colocation import SharedDevices
-from megatron_drpo.config import Config, Mode, RoutingReplay
+from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_drpo.config.schema import Config, Mode, RoutingReplay
 from megatron_drpo.data.source import PromptShare
 from megatron_drpo.errors import NumericsError
-from megatron_drpo.experience import Evaluator, Experience, ExperienceSource
-from megatron_drpo.failure import save_failure
-from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.alarm import TrustRegionAlarm
 from megatron_drpo.metrics.device import device_memory, wait_for_kernels
 from megatron_drpo.metrics.diagnostics import summarise
@@ -30,9 +25,14 @@ from megatron_drpo.metrics.sample_statistics import SampleStatistics, add_up
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.metrics.writer import MetricsWriter
 from megatron_drpo.policy.policy import Policy, UpdateResult
-from megatron_drpo.publish import WeightPublisher
+from megatron_drpo.runtime.watchdog import Watchdog
+from megatron_drpo.step.colocation import SharedDevices
+from megatron_drpo.step.experience_source import Evaluator, Experience, ExperienceSource
+from megatron_drpo.step.failed_update import save_failure
+from megatron_drpo.step.global_batch import iter_global_batches
+from megatron_drpo.step.leader_wait import CollectiveWait
+from megatron_drpo.step.publish import WeightPublisher
 from megatron_drpo.types import MicroBatch, TrainSequence
-from megatron_drpo.watchdog import Watchdog
 
 Metrics = dict[str, float | str | list[float]]
 

@@ -31,11 +31,11 @@ import torch.distributed as dist
 import transformers
 import uvicorn
 
-from megatron_drpo.config import ParallelConfig, PlatformName
+from megatron_drpo.config.schema import ParallelConfig, PlatformName
 from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.parallel import ParallelState, initialise_parallel
+from megatron_drpo.runtime.upstream_warnings import EXPECTED, ignore_expected_warnings
 from megatron_drpo.types import TrainSequence
-from megatron_drpo.upstream_warnings import EXPECTED, ignore_expected_warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

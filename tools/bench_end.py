@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from megatron_drpo.errors import DrpoError
-from megatron_drpo.lifetime import Terminated, ends_in_order_on_sigterm, tell_end
+from megatron_drpo.runtime.process_end import Terminated, ends_in_order_on_sigterm, tell_end
 
 
 def run_bench(action: Callable[[], None], console: Console, kept: str = "nothing is kept") -> int:

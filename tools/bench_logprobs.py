@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 from tools.logprob_peers import (
     BASELINE,
     IMPLEMENTATIONS,
@@ -87,7 +87,7 @@ class Row:
 
 def run_rank(rank: int, sizes: Sizes, folder: str) -> None:
     """One of the processes; rank 0 leaves the rows in the folder."""
-    from megatron_drpo.config import ParallelConfig, PlatformName
+    from megatron_drpo.config.schema import ParallelConfig, PlatformName
     from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
 

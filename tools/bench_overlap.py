@@ -32,8 +32,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from megatron_drpo.config_io import load_config
-from megatron_drpo.rollout.launch import build_fleet
+from megatron_drpo.config.io import load_config
+from megatron_drpo.fleet.build import build_fleet
 from tools.bench_end import run_bench
 from tools.tiny_model import write_tiny_moe
 

@@ -35,12 +35,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
-from megatron_drpo.config_io import load_config
+from megatron_drpo.config.io import load_config
+from megatron_drpo.config.schema import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.errors import WeightSyncError
-from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.rollout.launch import build_fleet
+from megatron_drpo.fleet.build import build_fleet
 from megatron_drpo.weight_sync.push import WeightPusher
+from megatron_drpo.weights.hf_folder import HfFolder
 from tools.bench_end import run_bench
 from tools.tiny_model import write_tiny_moe
 

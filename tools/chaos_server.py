@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
 
-from megatron_drpo.lifetime import die_with_parent
+from megatron_drpo.runtime.process_end import die_with_parent
 
 _FOLDER = "CHAOS_FOLDER"
 _PYTHON = "CHAOS_PYTHON"

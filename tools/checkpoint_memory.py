@@ -23,8 +23,15 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from megatron_drpo.config import CheckpointConfig, Config, DataConfig, Dtype, ParallelConfig, PolicyConfig
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    ParallelConfig,
+    PolicyConfig,
+)
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 from tools.memory_meter import MemoryMeter
 
 LAYOUTS: dict[str, ParallelConfig] = {
@@ -65,7 +72,7 @@ class Memory:
 
 def measure(model: str, parallel: ParallelConfig, run_dir: str) -> Memory:
     """Collective: save and load a checkpoint of a new policy."""
-    from megatron_drpo.checkpoint import Checkpointer, RunState
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
     from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy import optimizer_state
     from megatron_drpo.policy.parallel import initialise_parallel

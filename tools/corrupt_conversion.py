@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conversion import hf_to_megatron, megatron_to_hf, verify
-from megatron_drpo.hf_io import HfFolder, HfWriter
+from megatron_drpo.weights.hf_folder import HfFolder, HfWriter
 from tools.corruption_case import Action, Case, Kind
 from tools.corruptions import RELEASE, all_cases
 from tools.tiny_model import write_tiny_moe

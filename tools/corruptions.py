@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_drpo.hf_io import INDEX_FILE
+from megatron_drpo.weights.hf_folder import INDEX_FILE
 from tools.bad_surroundings import settings
 from tools.corruption_case import Action, Case, Kind
 from tools.damage import (

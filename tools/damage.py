@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_drpo.hf_io import INDEX_FILE
+from megatron_drpo.weights.hf_folder import INDEX_FILE
 
 Damage = Callable[[Path], None]
 """Damages a folder."""

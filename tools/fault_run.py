@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from megatron_drpo.seeding import seeded_permutation
+from megatron_drpo.data.seeding import seeded_permutation
 from tools.chaos_server import Fault, Plan, is_claimed, plan_fault, withdraw_fault, write_interpreter
 from tools.killable_run import Run, kill_all, marked_processes, wait_for_orphans
 from tools.tiny_model import write_tiny_moe

@@ -33,9 +33,9 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_drpo import cli
-from megatron_drpo.config_io import declared_types, load_config, to_yaml
-from megatron_drpo.limits import cut
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.config.io import declared_types, load_config, to_yaml
+from megatron_drpo.config.limits import cut
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 from tools.tiny_model import write_tiny_moe
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Advantage,
     AlgorithmConfig,
     Config,
@@ -38,8 +38,8 @@ from megatron_drpo.config import (
     Recompute,
     TrainConfig,
 )
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
 from megatron_drpo.types import TrainSequence
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
 from tools import parity_matrix
 from tools.parity_cases import LAYOUTS as MATRIX_LAYOUTS
 from tools.parity_cases import ROWS
@@ -155,10 +155,10 @@ def run_rank(rank: int, num_ranks: int, folder: str, cases: list[Case]) -> None:
 
 
 def _run_case(case: Case, folder: str, platform: Any, device: torch.device) -> Outcome:
-    from megatron_drpo.global_batch import iter_global_batches
     from megatron_drpo.metrics.timing import StepTimer
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy
+    from megatron_drpo.step.global_batch import iter_global_batches
 
     start = time.perf_counter()
     config = build_config(case, folder)
@@ -202,7 +202,7 @@ def _logits_error(policy: Any, micro_batches: list[Any], reference: dict[int, to
     """
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-    from megatron_drpo.context_parallel import merge_context_parallel
+    from megatron_drpo.batching.context_parallel import merge_context_parallel
     from megatron_drpo.policy.forward import run_model
     from megatron_drpo.policy.model import unwrap
     from megatron_drpo.policy.schedule import run_schedule

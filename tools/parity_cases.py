@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Aggregation,
     AlgorithmConfig,
     Anchor,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_drpo.config import AlgorithmConfig, Anchor, TokenCorrection
+from megatron_drpo.config.schema import AlgorithmConfig, Anchor, TokenCorrection
 from megatron_drpo.types import TrainSequence
 from tools.parity_cases import ROWS
 from tools.reference_metrics import BUCKET_EDGES, W_EDGES, compute_metrics, gradient_weight

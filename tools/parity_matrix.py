@@ -30,7 +30,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from megatron_drpo.config import Anchor
+from megatron_drpo.config.schema import Anchor
 from tools.parity_cases import LAYOUTS, ROWS, Case, build_config, full_product, pairwise
 from tools.parity_data import load_sequences, write_reference
 
@@ -125,10 +125,10 @@ def _run_layout(
 
 def _run_case(policy: Any, case: Case, folder: Path, sequences: list[Any]) -> dict[str, Any]:
     """Loss, gradients, their norm and metrics of one update that is not taken."""
-    from megatron_drpo.global_batch import iter_global_batches
     from megatron_drpo.losses.objective import build_objective
     from megatron_drpo.metrics.diagnostics import summarise
     from megatron_drpo.policy.optimizer import compute_gradient_norm
+    from megatron_drpo.step.global_batch import iter_global_batches
     from tools.gradients import gather_gradients
 
     policy.config = build_config(case, folder)

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_drpo.hf_io import HfConfig, HfWriter
 from megatron_drpo.models.registry import get_family
+from megatron_drpo.weights.hf_folder import HfConfig, HfWriter
 
 # Four bf16 numbers at once, each of sign (1 bit), exponent (8) and mantissa (7): the random bits that stay,
 # and those that are set.

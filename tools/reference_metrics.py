@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_drpo.config import AlgorithmConfig, Anchor, KlEstimator
+from megatron_drpo.config.schema import AlgorithmConfig, Anchor, KlEstimator
 from tools.reference_objective import EXCESS, LOSSES, Tokens, factor, has_corrections, kl_estimate
 
 BUCKET_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 1.0)

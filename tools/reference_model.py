@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_drpo.hf_io import HfConfig, HfFolder
+from megatron_drpo.weights.hf_folder import HfConfig, HfFolder
 
 
 class ReferenceModel:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Aggregation,
     AlgorithmConfig,
     Anchor,

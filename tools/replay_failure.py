@@ -10,16 +10,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.config import Config
-from megatron_drpo.config_io import load_config
+from megatron_drpo.checkpoint.checkpointer import Checkpointer
+from megatron_drpo.config.io import load_config
+from megatron_drpo.config.schema import Config
 from megatron_drpo.errors import DrpoError
-from megatron_drpo.failure import load_failed_micro_batches
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import RankInfo, initialise_parallel
 from megatron_drpo.policy.policy import Policy
-from megatron_drpo.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.runtime.upstream_warnings import ignore_expected_warnings
+from megatron_drpo.step.failed_update import load_failed_micro_batches
 
 
 def replay(folder: Path, config: Config) -> str:

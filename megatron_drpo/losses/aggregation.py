@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from megatron_drpo.config import Aggregation, Config
+from megatron_drpo.config.schema import Aggregation, Config
 from megatron_drpo.types import TrainSequence
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_drpo.config import Anchor, CorrectionConfig, TokenCorrection
+from megatron_drpo.config.schema import Anchor, CorrectionConfig, TokenCorrection
 from megatron_drpo.losses.tokens import LossTokens
 
 

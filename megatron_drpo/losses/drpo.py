@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.base import Loss, RatioLoss
 from megatron_drpo.losses.tokens import LossTokens
 

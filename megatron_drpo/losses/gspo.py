@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.base import Loss
 from megatron_drpo.losses.grpo import clip_pessimistic, is_outside, warn_of_clip_low
 from megatron_drpo.losses.tokens import LOG_RATIO_MAX, LossTokens

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_drpo.config import KlConfig, KlEstimator
+from megatron_drpo.config.schema import KlConfig, KlEstimator
 from megatron_drpo.losses.tokens import LOG_RATIO_MAX, LossTokens
 
 

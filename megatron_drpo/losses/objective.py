@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_drpo.config import AlgorithmConfig
+from megatron_drpo.config.schema import AlgorithmConfig
 from megatron_drpo.losses.base import Loss
 from megatron_drpo.losses.corrections import Correction, build_corrections
 from megatron_drpo.losses.kl import KlPenalty, build_kl_penalty

@@ -5,7 +5,8 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
+from megatron_drpo.config.user_code import Failure, call_guarded, load_function
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.losses.base import Loss
 from megatron_drpo.losses.cispo import CispoLoss
@@ -16,7 +17,6 @@ from megatron_drpo.losses.gspo import GspoLoss
 from megatron_drpo.losses.mask_drpo import MaskDrpoLoss
 from megatron_drpo.losses.spo import SpoLoss, SpoUnweightedLoss
 from megatron_drpo.losses.surrogate import SurrogateLoss
-from megatron_drpo.user_code import Failure, call_guarded, load_function
 
 LOSSES: dict[str, Callable[[LossConfig], Loss]] = {
     "drpo": DrpoLoss.from_config,

@@ -53,7 +53,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_drpo.config import KlEstimator
+from megatron_drpo.config.schema import KlEstimator
 from megatron_drpo.losses.objective import Objective
 from megatron_drpo.losses.tokens import LossTokens
 

@@ -3,7 +3,7 @@ and says so nowhere else."""
 
 from __future__ import annotations
 
-from megatron_drpo.config import Advantage, Config
+from megatron_drpo.config.schema import Advantage, Config
 from megatron_drpo.metrics.sample_statistics import SampleStatistics, add_up
 
 _WITHIN_GROUPS = (Advantage.group_mean, Advantage.group_mean_std, Advantage.leave_one_out)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.nn.functional import silu
 
-from megatron_drpo.hf_io import HfConfig
-from megatron_drpo.models.mapping import ParameterMapping
+from megatron_drpo.weights.hf_folder import HfConfig
+from megatron_drpo.weights.mapping import ParameterMapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.models.mapping import (
+from megatron_drpo.weights.hf_folder import HfConfig
+from megatron_drpo.weights.mapping import (
     HfTensor,
     MegatronName,
     ParameterMapping,

@@ -6,9 +6,9 @@ later ones vary: key-value heads, the size of a head, the rotary base.
 
 from __future__ import annotations
 
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import decoder
 from megatron_drpo.models.base import ArchitectureConfig, ModelFamily
+from megatron_drpo.weights.hf_folder import HfConfig
 
 
 def architecture(config: HfConfig) -> ArchitectureConfig:

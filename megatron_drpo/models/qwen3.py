@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import decoder
 from megatron_drpo.models.base import ArchitectureConfig, ModelFamily
+from megatron_drpo.weights.hf_folder import HfConfig
 
 
 def architecture(config: HfConfig) -> ArchitectureConfig:

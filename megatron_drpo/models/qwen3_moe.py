@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import decoder, qwen3
 from megatron_drpo.models.base import ArchitectureConfig, ModelFamily, MoeConfig
-from megatron_drpo.models.mapping import MegatronName, ParameterMapping, TensorMap, direct, gate_up
+from megatron_drpo.weights.hf_folder import HfConfig
+from megatron_drpo.weights.mapping import MegatronName, ParameterMapping, TensorMap, direct, gate_up
 
 
 def architecture(config: HfConfig) -> ArchitectureConfig:

@@ -1,9 +1,9 @@
 """Which model families there are."""
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import llama, qwen2, qwen3, qwen3_moe
 from megatron_drpo.models.base import ModelFamily
+from megatron_drpo.weights.hf_folder import HfConfig
 
 FAMILIES = {
     family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)

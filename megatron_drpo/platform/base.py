@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_drpo.config import Layers, PlatformName
+from megatron_drpo.config.schema import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
 
 

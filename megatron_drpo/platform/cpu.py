@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
-from megatron_drpo.config import Layers, PlatformName
+from megatron_drpo.config.schema import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
 from megatron_drpo.platform.te_cpu import finder as te_cpu
 from megatron_drpo.platform.versions import installed_version, require, require_supported

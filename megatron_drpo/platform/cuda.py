@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_drpo.config import Layers, PlatformName
+from megatron_drpo.config.schema import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
 from megatron_drpo.platform.versions import (
     installed_version,

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import Config
+from megatron_drpo.config.schema import Config
 from megatron_drpo.losses.aggregation import resolve_horizon, weigh_tokens
 from megatron_drpo.metrics.faulty_tokens import FaultyToken
 from megatron_drpo.policy.forward import FaultyRows, MicroBatchResult

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
-from megatron_drpo.packed_attention import ContextRanks, attend_packed
+from megatron_drpo.batching.packed_attention import ContextRanks, attend_packed
 
 
 class RMSNorm(torch.nn.Module):

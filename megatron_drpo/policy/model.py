@@ -17,7 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_drpo.config import Config, Dtype, Layers, PlatformName, Recompute
+from megatron_drpo.config.schema import Config, Dtype, Layers, PlatformName, Recompute
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.platform.base import Platform

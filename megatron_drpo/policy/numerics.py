@@ -12,20 +12,21 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_drpo.config.schema import Config
 from megatron_drpo.errors import NumericsError
+from megatron_drpo.losses.objective import Objective
 from megatron_drpo.losses.tokens import LossTokens
-from megatron_drpo.policy.forward import LossRows
+from megatron_drpo.policy.forward import ForwardObserver, LossRows
 from megatron_drpo.policy.model import PolicyModel, unwrap
+from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.types import MicroBatch
-
-if TYPE_CHECKING:
-    from megatron_drpo.policy.policy import Policy
 
 _FORWARD, _LOSS, _BACKWARD, _WEIGHT_GRADIENT = range(4)
 _MAX_IDS = 8
@@ -45,8 +46,22 @@ class Finding:
     sequence_ids: tuple[int, ...]
 
 
+class WatchedPolicy(Protocol):
+    """The parts of a `Policy` that the second computation needs."""
+
+    config: Config
+    parallel: ParallelState
+    objective: Objective
+    chunks: list[DistributedDataParallel]
+    num_updates: int
+
+    def forward_backward(
+        self, micro_batches: list[MicroBatch], *, observer: ForwardObserver | None = None, again: bool = False
+    ) -> object: ...
+
+
 def find_non_finite(
-    policy: Policy, micro_batches: list[MicroBatch], loss: float, grad_norm: float
+    policy: WatchedPolicy, micro_batches: list[MicroBatch], loss: float, grad_norm: float
 ) -> NumericsError:
     """Compute an update's gradients again and say where they broke. Collective; the same on every rank.
 
@@ -77,7 +92,7 @@ def find_non_finite(
 class _Watch:
     """Looks at every layer of this rank's chunks. An observer of `TrainForward`."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: WatchedPolicy) -> None:
         self.findings: list[Finding] = []
         self._policy = policy
         self._current: MicroBatch | None = None

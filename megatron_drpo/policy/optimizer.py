@@ -14,7 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.transformer import MegatronModule
 
-from megatron_drpo.config import Dtype, OptimizerConfig, Schedule
+from megatron_drpo.config.schema import Dtype, OptimizerConfig, Schedule
 from megatron_drpo.policy.optimizer_state import restore_state, save_state, wanted_state
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_drpo.limits import cut, shown
+from megatron_drpo.config.limits import cut, shown
 
 _PLAIN_SUM = "the loss of a global batch is a plain sum over its tokens"
 _EXCHANGE = "only one way of the pipeline's exchange is right for packed micro-batches"

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import ParallelConfig
+from megatron_drpo.config.schema import ParallelConfig
 from megatron_drpo.errors import ConfigError, PlatformError
 from megatron_drpo.models.base import ArchitectureConfig
 

@@ -10,18 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import Anchor, Config, LogprobMode, Mode
-from megatron_drpo.config import RoutingReplay as RoutingReplayName
-from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.config.schema import Anchor, Config, LogprobMode, Mode
+from megatron_drpo.config.schema import RoutingReplay as RoutingReplayName
 from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.sft import SftLoss
 from megatron_drpo.metrics.diagnostics import Diagnostics
 from megatron_drpo.metrics.faulty_tokens import FaultyToken
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.models.export import HfExporter
-from megatron_drpo.models.load import load_hf_weights
-from megatron_drpo.models.load_megatron import load_megatron_weights
-from megatron_drpo.models.mapping import ParameterMapping
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.faulty_tokens import leave_out_faulty
@@ -59,6 +54,11 @@ from megatron_drpo.policy.reference import freeze
 from megatron_drpo.policy.routing_replay import Agreement, ReplaySource, RoutingReplay
 from megatron_drpo.policy.schedule import finalize_gradients, run_schedule
 from megatron_drpo.types import MicroBatch
+from megatron_drpo.weights.export import HfExporter
+from megatron_drpo.weights.hf_folder import HfFolder
+from megatron_drpo.weights.load_hf import load_hf_weights
+from megatron_drpo.weights.load_megatron import load_megatron_weights
+from megatron_drpo.weights.mapping import ParameterMapping
 
 _UPDATE_SOURCES = {
     RoutingReplayName.none: ReplaySource.none,

@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_drpo.packing import to_device
+from megatron_drpo.batching.packing import to_device
 from megatron_drpo.types import MicroBatch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_drpo.seeding import seeded_permutation
+from megatron_drpo.data.seeding import seeded_permutation
 
 
 def shuffle_rewards(rewards: Sequence[float], *, seed: int, step: int) -> list[float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from megatron_drpo.config import RewardConfig
+from megatron_drpo.config.schema import RewardConfig
+from megatron_drpo.config.user_code import load_function
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.types import Rollout
-from megatron_drpo.user_code import load_function
 
 RewardFunction = Callable[[Rollout], float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_drpo.config import Overlong, RewardConfig
+from megatron_drpo.config.schema import Overlong, RewardConfig
 from megatron_drpo.types import FinishReason, Rollout
 
 

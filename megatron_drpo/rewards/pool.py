@@ -13,13 +13,13 @@ from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from megatron_drpo.config import OnRewardError, RewardConfig
+from megatron_drpo.config.schema import OnRewardError, RewardConfig
+from megatron_drpo.config.user_code import Failure
 from megatron_drpo.errors import RewardError
 from megatron_drpo.rewards import worker
 from megatron_drpo.rewards.answers import read_ground_truth
 from megatron_drpo.rewards.spawn import LightSpawnContext
 from megatron_drpo.types import Rollout
-from megatron_drpo.user_code import Failure
 
 MAX_CHECK_WORKERS = 16
 """Each takes 100 MB."""

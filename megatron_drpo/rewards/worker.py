@@ -9,10 +9,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import cast
 
-from megatron_drpo.lifetime import die_with_parent
+from megatron_drpo.config.user_code import Failure, call_guarded
 from megatron_drpo.rewards.functions import load_reward_function
+from megatron_drpo.runtime.process_end import die_with_parent
 from megatron_drpo.types import Rollout
-from megatron_drpo.user_code import Failure, call_guarded
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Rewards are summed and centred in float32: a larger one would be infinite there."""

@@ -1,1 +1,1 @@
-"""From prompts to responses: the client of SGLang's HTTP API, and a small server that speaks it."""
+"""From prompts to responses: the client of SGLang's HTTP API."""

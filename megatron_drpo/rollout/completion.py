@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_drpo.config import OnBadRoutes
+from megatron_drpo.batching.route_check import find_route_problem
+from megatron_drpo.batching.sequences import MAX_LOGPROB, MAX_MASS
+from megatron_drpo.config.schema import OnBadRoutes
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.answer import Answer, shorten
 from megatron_drpo.rollout.client import SampleRequest
-from megatron_drpo.routes import find_route_problem
-from megatron_drpo.sequences import MAX_LOGPROB, MAX_MASS
 from megatron_drpo.types import FinishReason
 
 if TYPE_CHECKING:

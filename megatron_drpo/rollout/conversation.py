@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from megatron_drpo.config.user_code import load_function
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.completion import Completion
 from megatron_drpo.rollout.sample import Decode, Sample, join_routes
 from megatron_drpo.types import FinishReason, Prompt, Rollout
-from megatron_drpo.user_code import load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

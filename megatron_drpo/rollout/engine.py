@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.config.schema import RolloutConfig
 from megatron_drpo.errors import DrpoError, RolloutError
 from megatron_drpo.rollout.client import SGLangClient, run_all
 from megatron_drpo.rollout.completion import RouteShape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.config.schema import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.http_errors import UnavailableError
 from megatron_drpo.rollout.pool import ServerPool

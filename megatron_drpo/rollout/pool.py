@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iter
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.config.schema import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.client import SGLangClient
 from megatron_drpo.rollout.retry import Backoff

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.config.schema import RolloutConfig
 from megatron_drpo.rollout.completion import (
     Completion,
     RouteShape,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_drpo.config import RolloutConfig, RolloutEngineName, WeightSyncConfig
+from megatron_drpo.config.schema import RolloutConfig, RolloutEngineName, WeightSyncConfig
 
 READ_BYTES_PER_S = 100e6
 """From a file system that several servers read at once; a local disk is ten to fifty times as fast."""

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import torch
 
-from megatron_drpo.config import RolloutConfig, WeightSyncConfig
+from megatron_drpo.config.schema import RolloutConfig, WeightSyncConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
-from megatron_drpo.rollout.fleet_state import announce_update, read_fleet
+from megatron_drpo.fleet.state import announce_update, read_fleet
 from megatron_drpo.rollout.time_limits import startup_limit_s
-from megatron_drpo.rollout.weight_client import MemoryTag
-from megatron_drpo.weight_sync.memory import ServerMemory
+from megatron_drpo.weight_sync.client import MemoryTag
 from megatron_drpo.weight_sync.path import Absence
 from megatron_drpo.weight_sync.push import NamedTensors, WeightPusher
+from megatron_drpo.weight_sync.server_memory import ServerMemory
 
 _FIRST_PAUSE_S = 1.0
 _MAX_PAUSE_S = 60.0

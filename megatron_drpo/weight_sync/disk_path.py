@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_drpo.hf_io import HfWriter
 from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.path import Failures, Server, attempt
+from megatron_drpo.weights.hf_folder import HfWriter
 
 
 class DiskPath:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_drpo.config import Config, Mode, PlatformName, RolloutEngineName, WeightSyncPath
-from megatron_drpo.rollout.launch import starts_fleet
-from megatron_drpo.rollout.nccl_environment import NVLS_FLAG, SYMMETRIC_FLAG, build_nccl_environment
+from megatron_drpo.config.schema import Config, Mode, PlatformName, RolloutEngineName, WeightSyncPath
+from megatron_drpo.fleet.build import starts_fleet
+from megatron_drpo.fleet.nccl_environment import NVLS_FLAG, SYMMETRIC_FLAG, build_nccl_environment
 from megatron_drpo.weight_sync import nccl_version
 from megatron_drpo.weight_sync.path import Failures, Server
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.http_errors import UnavailableError
-from megatron_drpo.rollout.weight_client import ServerInfo, WeightClient
 from megatron_drpo.weight_sync.bucket import Bucket
+from megatron_drpo.weight_sync.client import ServerInfo, WeightClient
 
 Failures = dict[str, str]
 """Endpoint -> what went wrong there; see `reason_of`."""

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
-from megatron_drpo.config import Config, Placement, PlatformName, RolloutEngineName, WeightSyncPath
+from megatron_drpo.config.schema import Config, Placement, PlatformName, RolloutEngineName, WeightSyncPath
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.fleet_state import ServerState, read_fleet
-from megatron_drpo.rollout.launch import starts_fleet
+from megatron_drpo.fleet.build import starts_fleet
+from megatron_drpo.fleet.state import ServerState, read_fleet
 from megatron_drpo.weight_sync.rank_environment import find_expandable_segments
 
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"

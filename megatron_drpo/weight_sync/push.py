@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.config.schema import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.errors import WeightSyncError
-from megatron_drpo.hf_io import read_hf_config
 from megatron_drpo.rollout.event_loop import EventLoopThread
 from megatron_drpo.rollout.time_limits import reload_limit_s
 from megatron_drpo.weight_sync.bucket import Bucket, BucketPacker, NamedTensors
@@ -28,6 +27,7 @@ from megatron_drpo.weight_sync.servers import Servers
 from megatron_drpo.weight_sync.source_hash import SourceHasher
 from megatron_drpo.weight_sync.tensor_path import TensorPath
 from megatron_drpo.weight_sync.verify import Checksums, Verification
+from megatron_drpo.weights.hf_folder import read_hf_config
 
 _CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_drpo.config import Config, RolloutEngineName
+from megatron_drpo.config.schema import Config, RolloutEngineName
 from megatron_drpo.errors import ModelError, WeightSyncError
-from megatron_drpo.hf_io import read_hf_config
-from megatron_drpo.rollout.launch import starts_fleet
-from megatron_drpo.rollout.weight_client import ServerInfo
+from megatron_drpo.fleet.build import starts_fleet
+from megatron_drpo.weight_sync.client import ServerInfo
+from megatron_drpo.weights.hf_folder import read_hf_config
 
 _ARGUMENTS = ("quantization", "modelopt_quant", "torchao_config", "rl_quant_profile")
 """Of sglang.launch_server, as /server_info names them."""

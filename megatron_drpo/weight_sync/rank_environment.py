@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_drpo.config import Config, Mode, WeightSyncPath
-from megatron_drpo.rollout.nccl_environment import build_nccl_environment
+from megatron_drpo.config.schema import Config, Mode, WeightSyncPath
+from megatron_drpo.fleet.nccl_environment import build_nccl_environment
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """torch reads the first of them that is set."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_drpo.errors import WeightSyncError
-from megatron_drpo.hf_io import HfConfig
-from megatron_drpo.rollout.weight_client import ServerInfo
+from megatron_drpo.weight_sync.client import ServerInfo
 from megatron_drpo.weight_sync.gpu_hash import GpuDigest
+from megatron_drpo.weights.hf_folder import HfConfig
 
 _MODEL_TYPES = ("qwen3_moe", "qwen3", "qwen2", "llama")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

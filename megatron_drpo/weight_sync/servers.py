@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.weight_client import WeightClient
+from megatron_drpo.weight_sync.client import WeightClient
 from megatron_drpo.weight_sync.path import Failures, Server, reason_of
 from megatron_drpo.weight_sync.quantised import refuse_quantised
 

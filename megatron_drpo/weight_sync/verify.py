@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from megatron_drpo.hf_io import HfConfig
-from megatron_drpo.rollout.weight_client import ServerInfo
 from megatron_drpo.weight_sync.checksum import HfChecksums
+from megatron_drpo.weight_sync.client import ServerInfo
 from megatron_drpo.weight_sync.path import Failures, Server, attempt
 from megatron_drpo.weight_sync.served_layout import Layout, ServedChecksums, known_layout
+from megatron_drpo.weights.hf_folder import HfConfig
 
 Checksums = list[dict[str, str]]
 """Per tensor-parallel rank: by parameter name."""

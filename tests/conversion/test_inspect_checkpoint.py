@@ -66,7 +66,7 @@ def save_with_megatron(target: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_drpo.config import ParallelConfig, PlatformName
+    from megatron_drpo.config.schema import ParallelConfig, PlatformName
     from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
 

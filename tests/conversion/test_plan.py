@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conversion.plan import Piece, Unit, check_coverage, cut, group_into_units, hf_runs
 from megatron_drpo.errors import ConversionError
-from megatron_drpo.models.mapping import (
+from megatron_drpo.weights.mapping import (
     HfTensor,
     MegatronName,
     ParameterMapping,

@@ -18,11 +18,11 @@ from conversion.run import run_conversion
 from conversion.to_hf import ToHf, ToHfOptions
 from conversion.to_megatron import ToMegatron, ToMegatronOptions
 from conversion.torch_dist_reader import TorchDistReader
-from megatron_drpo.config import ParallelConfig
+from megatron_drpo.config.schema import ParallelConfig
 from megatron_drpo.errors import CheckpointError, ConversionError, ModelError
-from megatron_drpo.fp8 import dequantize_blockwise, quantize_blockwise
-from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.models.places import KeyLayout
+from megatron_drpo.weights.fp8 import dequantize_blockwise, quantize_blockwise
+from megatron_drpo.weights.hf_folder import HfFolder
+from megatron_drpo.weights.torch_dist_keys import KeyLayout
 from tools.tiny_model import write_tiny_moe
 
 HOMOGENEOUS = ["dense_tied", "qwen2", "qwen2_tied", "llama", "llama_tied", "moe", "moe_bf16"]
@@ -261,7 +261,7 @@ def save_training_checkpoint(source: Path, target: Path) -> None:
     """Weights and optimizer state of the trainer, one update later, on two ranks."""
     from megatron.core import dist_checkpointing
 
-    from megatron_drpo.config import Config, DataConfig, Dtype, PlatformName, PolicyConfig
+    from megatron_drpo.config.schema import Config, DataConfig, Dtype, PlatformName, PolicyConfig
     from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy

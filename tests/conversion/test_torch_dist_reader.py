@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from conversion.torch_dist_reader import Chunk, TorchDistReader
 from conversion.torch_dist_writer import DataFile, GlobalTensor, write_common_state, write_metadata
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.torch_dist import read_metadata
+from megatron_drpo.weights.torch_dist import read_metadata
 
 SHAPE = (3, 10, 8)
 

@@ -15,7 +15,7 @@ from conversion import verify
 from conversion.layouts import parse_layout
 from conversion.run import run_conversion
 from conversion.to_hf import ToHf, ToHfOptions
-from megatron_drpo.config import ParallelConfig
+from megatron_drpo.config.schema import ParallelConfig
 from megatron_drpo.errors import ConversionError
 
 Run = Callable[..., tuple[int, str]]

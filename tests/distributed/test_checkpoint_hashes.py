@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import CheckpointConfig, ParallelConfig, PlatformName
+from megatron_drpo.config.schema import CheckpointConfig, ParallelConfig, PlatformName
 from megatron_drpo.platform.base import build_platform
 
 NUM_VALUES = 2**18
@@ -72,7 +72,7 @@ def bytes_read() -> int:
 
 def load_outcome(path: Path, policy: Any, **fields: Any) -> list[str]:
     """The messages of a load, and its error."""
-    from megatron_drpo.checkpoint import Checkpointer
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer
     from megatron_drpo.errors import CheckpointError
 
     said: list[str] = []
@@ -110,7 +110,7 @@ def forget_hashes(file: Path) -> None:
 
 
 def two_ranks(run_dir: Path) -> dict[str, Any]:
-    from megatron_drpo.checkpoint import Checkpointer, RunState
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
 
     policy = build_policy()
     checkpointer = Checkpointer(str(run_dir), CheckpointConfig(keep_last=9))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_drpo.config import ParallelConfig
+from megatron_drpo.config.schema import ParallelConfig
 from tools.checkpoint_memory import Memory, measure
 
 EP2_DP4 = ParallelConfig(expert_parallel_size=2, data_parallel_size=4)

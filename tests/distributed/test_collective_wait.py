@@ -33,8 +33,8 @@ class Publisher:
 
 def wait_together(delays_s: list[float]) -> dict[str, Any]:
     """Each rank's own condition comes true after its delay; those of 0 do not wait at all."""
-    from megatron_drpo.collective_wait import CollectiveWait
-    from megatron_drpo.publish import WeightPublisher
+    from megatron_drpo.step.leader_wait import CollectiveWait
+    from megatron_drpo.step.publish import WeightPublisher
 
     publisher = Publisher()
     wait = CollectiveWait(cast(WeightPublisher, publisher))
@@ -70,8 +70,8 @@ def test_nobody_goes_on_before_the_slowest_and_all_repair(
 
 def agree_twice(delays_s: list[float]) -> dict[str, Any]:
     """Leaders agree at different times, while the last rank, which is none, waits for them."""
-    from megatron_drpo.collective_wait import CollectiveWait
-    from megatron_drpo.publish import WeightPublisher
+    from megatron_drpo.step.leader_wait import CollectiveWait
+    from megatron_drpo.step.publish import WeightPublisher
 
     rank = dist.get_rank()
     num_leaders = dist.get_world_size() - 1
@@ -99,7 +99,7 @@ def test_leaders_agree_on_the_largest_number(run_distributed: Callable[..., list
 
 def collectives_on_the_device() -> list[str]:
     """What the ranks' own backend is asked for while two leaders wait at different times and agree."""
-    from megatron_drpo.collective_wait import CollectiveWait
+    from megatron_drpo.step.leader_wait import CollectiveWait
 
     asked: list[str] = []
     start = nccl_like.NcclLike.start

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Aggregation,
     AlgorithmConfig,
     Config,
@@ -23,11 +23,11 @@ from megatron_drpo.config import (
     PolicyConfig,
     RolloutConfig,
 )
-from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import TrainSequence
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]

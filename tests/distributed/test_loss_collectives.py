@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_drpo.config import (
+from megatron_drpo.batching.packing import to_device
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Config,
     DataConfig,
@@ -20,12 +21,11 @@ from megatron_drpo.config import (
     PlatformName,
     PolicyConfig,
 )
-from megatron_drpo.global_batch import iter_global_batches
-from megatron_drpo.packing import to_device
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.forward import TrainForward
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import TrainSequence
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]

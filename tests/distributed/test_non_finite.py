@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.checkpoint import Checkpointer, RunState
-from megatron_drpo.config import (
+from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     Dtype,
@@ -22,13 +22,13 @@ from megatron_drpo.config import (
     RolloutConfig,
 )
 from megatron_drpo.errors import NumericsError
-from megatron_drpo.failure import load_failed_micro_batches, save_failure
-from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.step.failed_update import load_failed_micro_batches, save_failure
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import TrainSequence
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import (
+from megatron_drpo.batching.context_parallel import merge_context_parallel
+from megatron_drpo.batching.packing import unpack
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Config,
     DataConfig,
@@ -24,16 +26,14 @@ from megatron_drpo.config import (
     Recompute,
     RolloutConfig,
 )
-from megatron_drpo.context_parallel import merge_context_parallel
-from megatron_drpo.global_batch import iter_global_batches
-from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.packing import unpack
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import TrainSequence
+from megatron_drpo.weights.hf_folder import HfFolder
 from tests import nccl_like
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -91,8 +91,8 @@ def make_sequences(step: int) -> list[TrainSequence]:
 
 
 def update(policy: Any, steps: range) -> Continued:
-    from megatron_drpo.global_batch import iter_global_batches
     from megatron_drpo.metrics.timing import StepTimer
+    from megatron_drpo.step.global_batch import iter_global_batches
 
     parallel = policy.parallel
     results: list[Any] = []
@@ -108,7 +108,7 @@ def train_save_continue(
     model: Path, parallel: ParallelConfig, run_dir: str, layers: Layers = Layers.transformer_engine
 ) -> Continued:
     """One rank: some updates, a checkpoint, and more updates, without interruption."""
-    from megatron_drpo.checkpoint import Checkpointer, RunState
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
 
     policy = build_policy(model, parallel, layers)
     update(policy, range(STEPS_BEFORE))
@@ -120,7 +120,7 @@ def load_continue(
     model: Path, parallel: ParallelConfig, run_dir: str, layers: Layers = Layers.transformer_engine
 ) -> Continued:
     """One rank: a new policy, the checkpoint, and the same further updates."""
-    from megatron_drpo.checkpoint import Checkpointer
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer
 
     policy = build_policy(model, parallel, layers)
     checkpointer = Checkpointer(run_dir, CheckpointConfig())
@@ -237,7 +237,7 @@ def test_resume_of_tied_embeddings_on_two_stages(
 
 def save_as_megatron(policy: Any, run_dir: str) -> None:
     """Megatron's own way: it gathers all parameters on every rank."""
-    from megatron_drpo.checkpoint import Checkpointer, RunState
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
     from megatron_drpo.policy.optimizer import distributed_optimizers
 
     def sharded_state(*, is_loading: bool) -> dict[str, Any]:
@@ -280,9 +280,9 @@ def test_checkpoints_that_megatron_gathered_are_read(
 
 def publish(_: Path) -> float:
     """One rank: when `_publish_weights` returned, or, on rank 0, when the servers had the weights."""
-    from megatron_drpo.checkpoint import Checkpointer
-    from megatron_drpo.collective_wait import CollectiveWait
-    from megatron_drpo.publish import WeightPublisher
+    from megatron_drpo.checkpoint.checkpointer import Checkpointer
+    from megatron_drpo.step.leader_wait import CollectiveWait
+    from megatron_drpo.step.publish import WeightPublisher
     from megatron_drpo.trainer import Trainer
 
     class NoWeights:

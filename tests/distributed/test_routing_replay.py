@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import (
+from megatron_drpo.batching.context_parallel import merge_context_parallel
+from megatron_drpo.batching.packing import unpack
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Anchor,
     Config,
@@ -22,15 +24,13 @@ from megatron_drpo.config import (
     RolloutConfig,
     RoutingReplay,
 )
-from megatron_drpo.context_parallel import merge_context_parallel
-from megatron_drpo.global_batch import iter_global_batches
 from megatron_drpo.losses.objective import Objective
 from megatron_drpo.losses.sft import SftLoss
-from megatron_drpo.packing import unpack
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import TrainSequence
 from tools.gradients import gather_gradients
 from tools.reference_model import ReferenceModel

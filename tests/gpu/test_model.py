@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pytest
 import torch
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Config,
     DataConfig,
@@ -51,12 +51,12 @@ def make_config(model: Path, dtype: Dtype, layers: Layers) -> Config:
 
 def take_step(platform_name: PlatformName, config: Config, sequences: list[TrainSequence]) -> dict[str, Any]:
     """One update: loss, gradient norm, weights afterwards, bytes on the device, and where the host waited."""
-    from megatron_drpo.global_batch import iter_global_batches
+    from megatron_drpo.batching.packing import unpack
     from megatron_drpo.metrics.timing import StepTimer
-    from megatron_drpo.packing import unpack
     from megatron_drpo.platform.base import build_platform
     from megatron_drpo.policy.parallel import initialise_parallel
     from megatron_drpo.policy.policy import Policy
+    from megatron_drpo.step.global_batch import iter_global_batches
 
     platform = build_platform(platform_name)
     parallel = initialise_parallel(config.parallel, platform.backend, platform.prepare(0))

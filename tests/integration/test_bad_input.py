@@ -22,13 +22,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from megatron_drpo import cli, supervisor, train
-from megatron_drpo.config import Config
-from megatron_drpo.config_io import load_config
+from megatron_drpo import cli, train
+from megatron_drpo.config.io import load_config
+from megatron_drpo.config.schema import Config
+from megatron_drpo.embedded_server.server import EmbeddedServer
 from megatron_drpo.errors import DrpoError, RewardError, RolloutError
+from megatron_drpo.launch import supervisor
+from megatron_drpo.launch.resolve import resolve_config
 from megatron_drpo.policy.parallel import ParallelState
-from megatron_drpo.resolve import resolve_config
-from megatron_drpo.rollout.embedded.server import EmbeddedServer
 
 RunArguments = Callable[..., list[str]]
 

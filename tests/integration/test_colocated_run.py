@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_drpo import cli
-from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.weights.hf_folder import HfFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.distributed, pytest.mark.timeout(200)]
 

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_drpo import cli
-from megatron_drpo.lifetime import SUPERVISOR_PID
+from megatron_drpo.fleet.metrics import FleetMetrics
 from megatron_drpo.metrics.prometheus import gauge_name
-from megatron_drpo.rollout.fleet_metrics import FleetMetrics
+from megatron_drpo.runtime.process_end import SUPERVISOR_PID
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "megatron_drpo.json"
 SERVERS = "drpo_fleet_server_"

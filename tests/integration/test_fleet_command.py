@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_drpo import cli
-from megatron_drpo.rollout.fleet_state import read_fleet
+from megatron_drpo.fleet.state import read_fleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(120)]
 
@@ -52,7 +52,7 @@ def test_up_and_down(
 
 
 def test_a_fleet_whose_owner_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_drpo.rollout.fleet_state import FleetState
+    from megatron_drpo.fleet.state import FleetState
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -18,7 +18,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     Dtype,
@@ -30,10 +30,10 @@ from megatron_drpo.config import (
     RolloutConfig,
 )
 from megatron_drpo.errors import RolloutError
-from megatron_drpo.rollout.fleet_state import ServerStatus, read_fleet
-from megatron_drpo.rollout.launch import build_fleet
-from megatron_drpo.rollout.ray_servers import RayStart
-from megatron_drpo.rollout.server_process import ServerProcess
+from megatron_drpo.fleet.build import build_fleet
+from megatron_drpo.fleet.ray_servers import RayStart
+from megatron_drpo.fleet.server_process import ServerProcess
+from megatron_drpo.fleet.state import ServerStatus, read_fleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(200)]
 

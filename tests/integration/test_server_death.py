@@ -28,7 +28,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], ti
 def server_of(run: subprocess.Popen[bytes]) -> tuple[psutil.Process, list[psutil.Process]]:
     """The run's rollout server, and all processes of the run."""
     children = psutil.Process(run.pid).children(recursive=True)
-    (server,) = [child for child in children if "megatron_drpo.rollout.embedded" in child.cmdline()]
+    (server,) = [child for child in children if "megatron_drpo.embedded_server" in child.cmdline()]
     return server, children
 
 

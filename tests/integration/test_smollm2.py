@@ -15,7 +15,8 @@ import transformers
 from conversion.run import run_conversion
 from conversion.to_hf import ToHf, ToHfOptions
 from conversion.to_megatron import ToMegatron, ToMegatronOptions
-from megatron_drpo.config import (
+from megatron_drpo.batching.packing import pack
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     Dtype,
@@ -26,11 +27,10 @@ from megatron_drpo.config import (
 )
 from megatron_drpo.data.tokenizer import load_tokenizer, read_stop_token_ids
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.packing import pack
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.types import MicroBatch, TrainSequence
+from megatron_drpo.weights.hf_folder import HfFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -149,13 +149,13 @@ def differences(
     """Largest absolute difference to `expected` of this rank's logits and of the op's logprobs; 0 before the
     last stage."""
     from conversion.check_megatron import LogitsForward
-    from megatron_drpo.models.load_megatron import load_megatron_weights
     from megatron_drpo.policy.forward import ForwardSettings, LogprobForward
     from megatron_drpo.policy.kernels import build_row_kernels
     from megatron_drpo.policy.logprobs import LogprobSettings
     from megatron_drpo.policy.model import build_model_chunks, build_transformer_config
     from megatron_drpo.policy.parallel import check_layout, initialise_parallel
     from megatron_drpo.policy.schedule import run_schedule
+    from megatron_drpo.weights.load_megatron import load_megatron_weights
 
     platform = build_platform(PlatformName.cpu)
     state = initialise_parallel(parallel, "gloo", platform.prepare(0))

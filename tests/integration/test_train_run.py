@@ -12,14 +12,14 @@ import pytest
 import torch
 import transformers
 
-from megatron_drpo.checkpoint import Checkpointer
-from megatron_drpo.config import Config, ParallelConfig
-from megatron_drpo.config_io import load_config
+from megatron_drpo.checkpoint.checkpointer import Checkpointer
+from megatron_drpo.config.io import load_config
+from megatron_drpo.config.schema import Config, ParallelConfig
 from megatron_drpo.data.tokenizer import load_tokenizer
-from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import Policy
+from megatron_drpo.weights.hf_folder import HfFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.distributed, pytest.mark.timeout(200)]
 

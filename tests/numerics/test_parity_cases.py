@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_drpo.config import Layers, LogprobMode
+from megatron_drpo.config.schema import Layers, LogprobMode
 from megatron_drpo.losses.registry import LOSSES
 from tools import reference_objective
 from tools.parity_cases import LAYOUTS, ROWS, SPLITS, Case, build_config, full_product, pairwise

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     Dtype,
@@ -20,8 +20,8 @@ from megatron_drpo.config import (
     RoutingReplay,
     SGLangServerConfig,
 )
-from megatron_drpo.rollout.fleet import Fleet
-from megatron_drpo.rollout.launch import build_fleet
+from megatron_drpo.fleet.build import build_fleet
+from megatron_drpo.fleet.fleet import Fleet
 
 SGLANG_PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 StartFleet = Callable[..., Fleet]

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megatron_drpo.config import OnBadRoutes, RolloutConfig, WeightSyncConfig, WeightSyncPath
-from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.batching.route_check import RouteCheck
+from megatron_drpo.config.schema import OnBadRoutes, RolloutConfig, WeightSyncConfig, WeightSyncPath
+from megatron_drpo.embedded_server.weights import hf_views
 from megatron_drpo.rollout.completion import Completion, RouteShape
 from megatron_drpo.rollout.conversation import Conversation
-from megatron_drpo.rollout.embedded.weights import hf_views
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
 from megatron_drpo.rollout.sample import Sample
-from megatron_drpo.routes import RouteCheck
 from megatron_drpo.types import FinishReason, Prompt, Rollout
 from megatron_drpo.weight_sync.push import WeightPusher
+from megatron_drpo.weights.hf_folder import HfFolder
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
 

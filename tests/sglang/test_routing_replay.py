@@ -14,7 +14,9 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from transformers import PreTrainedTokenizerFast
 
-from megatron_drpo.config import (
+from megatron_drpo.batching.route_check import RouteCheck
+from megatron_drpo.batching.sequences import build_sequences
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Anchor,
     Config,
@@ -30,18 +32,16 @@ from megatron_drpo.config import (
     WeightSyncConfig,
     WeightSyncPath,
 )
-from megatron_drpo.global_batch import iter_global_batches
-from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.rollout.completion import RouteShape
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan
-from megatron_drpo.routes import RouteCheck
-from megatron_drpo.sequences import build_sequences
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import MicroBatch, Prompt, TrainSequence
 from megatron_drpo.weight_sync.push import WeightPusher
+from megatron_drpo.weights.hf_folder import HfFolder
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_drpo.rollout.fleet import Fleet
+from megatron_drpo.fleet.fleet import Fleet
 from tools.tiny_model import write_tiny_moe
 
 ROOT = Path(__file__).parents[2]

@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
-from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.rollout import server_process
-from megatron_drpo.rollout.embedded.runner import load_model
-from megatron_drpo.rollout.fleet import Fleet
-from megatron_drpo.rollout.weight_client import WeightClient
+from megatron_drpo.config.schema import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.embedded_server.runner import load_model
+from megatron_drpo.fleet import server_process
+from megatron_drpo.fleet.fleet import Fleet
 from megatron_drpo.weight_sync import push as push_module
+from megatron_drpo.weight_sync.client import WeightClient
 from megatron_drpo.weight_sync.distributed_path import DistributedPath
 from megatron_drpo.weight_sync.push import WeightPusher
 from megatron_drpo.weight_sync.served_layout import compute_served_checksums, known_layout
+from megatron_drpo.weights.hf_folder import HfFolder
 from tests import nccl_like
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]

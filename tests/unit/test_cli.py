@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_drpo import cli, supervisor
-from megatron_drpo.config import WeightSyncPath
-from megatron_drpo.config_io import load_config
+from megatron_drpo import cli
+from megatron_drpo.config.io import load_config
+from megatron_drpo.config.schema import WeightSyncPath
 from megatron_drpo.errors import RankError
-from megatron_drpo.lifetime import Terminated
-from megatron_drpo.resolve import resolve_config
-from megatron_drpo.rollout import fleet_status
+from megatron_drpo.fleet import status as fleet_status
+from megatron_drpo.launch import supervisor
+from megatron_drpo.launch.resolve import resolve_config
+from megatron_drpo.runtime.process_end import Terminated
 
 GOLDEN_KEYS = Path(__file__).parents[1] / "golden" / "config_keys.txt"
 

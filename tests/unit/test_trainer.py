@@ -16,9 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_drpo.checkpoint import Checkpointer, RunState
-from megatron_drpo.collective_wait import CollectiveWait
-from megatron_drpo.config import CheckpointConfig, Config, DataConfig, Mode, PolicyConfig
+from megatron_drpo.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_drpo.config.schema import CheckpointConfig, Config, DataConfig, Mode, PolicyConfig
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.losses.base import Loss
 from megatron_drpo.losses.drpo import DrpoLoss
@@ -33,6 +32,7 @@ from megatron_drpo.metrics.sample_statistics import SampleStatistics
 from megatron_drpo.metrics.writer import MetricsWriter, read_metrics
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.policy.policy import UpdateResult
+from megatron_drpo.step.leader_wait import CollectiveWait
 from megatron_drpo.trainer import Trainer
 from megatron_drpo.types import Origin, TrainSequence
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_drpo.batching.packed_attention import ContextRanks, attend_packed
 from megatron_drpo.errors import PlatformError
-from megatron_drpo.packed_attention import ContextRanks, attend_packed
 from megatron_drpo.platform.te_cpu.communication import gather_tokens
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_drpo.context_parallel import local_positions
+from megatron_drpo.batching.context_parallel import local_positions
 from megatron_drpo.errors import PlatformError
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_drpo.config import LogprobBackend
+from megatron_drpo.config.schema import LogprobBackend
 from megatron_drpo.errors import PlatformError
 
 if TYPE_CHECKING:

@@ -24,6 +24,6 @@ def _register(weight_updater: ModuleType) -> None:
     _load("nccl_like", "tests/nccl_like.py").register()
 
 
-_load("sglang_cpu", "megatron_drpo/platform/sglang_cpu/sitecustomize.py")._AFTER[
+_load("sglang_cpu", "megatron_drpo/fleet/sglang_cpu/sitecustomize.py")._AFTER[
     "sglang.srt.model_executor.model_runner_components.weight_updater"
 ] = _register

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_drpo.config import Mode
+from megatron_drpo.config.schema import Mode
 from megatron_drpo.data.jsonl import BadLine, PromptLine, read_lines
 
 WriteLines = Callable[..., Path]

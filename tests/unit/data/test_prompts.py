@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_drpo.config import DataConfig, Mode, OnBadLine, OnLongPrompt
+from megatron_drpo.config.schema import DataConfig, Mode, OnBadLine, OnLongPrompt
 from megatron_drpo.data.prompts import check_prompt_file, load_prompts
 from megatron_drpo.errors import DataError
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_drpo.config import Aggregation
+from megatron_drpo.batching.packing import pack_global_batch
+from megatron_drpo.config.schema import Aggregation
 from megatron_drpo.losses.aggregation import compute_token_weights, count_loss
-from megatron_drpo.packing import pack_global_batch
 from megatron_drpo.types import TrainSequence
 
 HORIZON = 64

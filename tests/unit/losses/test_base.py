@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.base import Loss, RatioLoss
 from megatron_drpo.losses.registry import LOSSES, build_loss
 from megatron_drpo.losses.tokens import LOG_RATIO_MAX, LossTokens, Sequences, TopK

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import Anchor, CorrectionConfig, TokenCorrection
+from megatron_drpo.config.schema import Anchor, CorrectionConfig, TokenCorrection
 from megatron_drpo.losses.corrections import Correction, build_corrections
 from megatron_drpo.losses.tokens import LossTokens, Sequences
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.dppo import (
     REST_MIN,
     DppoBinaryKlLoss,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.grpo import GrpoLoss
 from megatron_drpo.losses.tokens import LossTokens
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.gspo import GspoLoss
 from megatron_drpo.losses.tokens import LossTokens, Sequences
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_drpo.config import KlConfig, KlEstimator
+from megatron_drpo.config.schema import KlConfig, KlEstimator
 from megatron_drpo.losses.kl import build_kl_penalty
 from megatron_drpo.losses.tokens import LossTokens
 

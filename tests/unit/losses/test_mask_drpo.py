@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.drpo import DrpoLoss
 from megatron_drpo.losses.mask_drpo import MaskDrpoLoss
 from megatron_drpo.losses.surrogate import SurrogateLoss

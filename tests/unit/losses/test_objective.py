@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Anchor,
     CorrectionConfig,

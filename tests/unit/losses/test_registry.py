@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import megatron_drpo.losses
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.losses.base import Loss
 from megatron_drpo.losses.cispo import CispoLoss

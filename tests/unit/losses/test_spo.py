@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.spo import SPO_LOG_RATIO_MAX, SpoLoss, SpoUnweightedLoss
 from megatron_drpo.losses.tokens import LossTokens
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_drpo.config import LossConfig
+from megatron_drpo.config.schema import LossConfig
 from megatron_drpo.losses.surrogate import SurrogateLoss
 from megatron_drpo.losses.tokens import LossTokens
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_drpo.config import Anchor, KlEstimator
+from megatron_drpo.config.schema import Anchor, KlEstimator
 from megatron_drpo.losses.base import Loss
 from megatron_drpo.losses.corrections import IcePop, SequenceMask, TruncatedImportanceSampling
 from megatron_drpo.losses.drpo import DrpoLoss

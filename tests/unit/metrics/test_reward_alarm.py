@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Advantage,
     AlgorithmConfig,
     Config,

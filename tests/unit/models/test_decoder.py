@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import decoder
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.weights.hf_folder import HfConfig
 
 CONFIG = {
     "hidden_act": "silu",

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig, HfFolder
 from megatron_drpo.models import llama
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.weights.hf_folder import HfConfig, HfFolder
 
 LLAMA_3_2_1B = """{
   "model_type": "llama", "attention_bias": false, "attention_dropout": 0.0, "head_dim": 64,

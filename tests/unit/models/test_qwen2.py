@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import qwen2
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.weights.hf_folder import HfConfig
 
 QWEN2_5_0_5B = """{
   "model_type": "qwen2", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,

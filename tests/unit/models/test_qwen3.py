@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig, HfFolder
 from megatron_drpo.models import qwen3
 from megatron_drpo.models.base import ArchitectureConfig
+from megatron_drpo.weights.hf_folder import HfConfig, HfFolder
 
 QWEN3_0_6B = """{
   "model_type": "qwen3", "attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig, HfFolder
 from megatron_drpo.models import qwen3_moe
 from megatron_drpo.models.base import MoeConfig
+from megatron_drpo.weights.hf_folder import HfConfig, HfFolder
 
 QWEN3_30B_A3B = """{
   "model_type": "qwen3_moe", "attention_bias": false, "decoder_sparse_step": 1, "head_dim": 128,

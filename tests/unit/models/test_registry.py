@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_drpo.errors import ModelError
-from megatron_drpo.hf_io import HfConfig
 from megatron_drpo.models import llama, qwen2, qwen3, qwen3_moe
 from megatron_drpo.models.registry import get_family
+from megatron_drpo.weights.hf_folder import HfConfig
 
 
 def test_the_model_type_chooses() -> None:

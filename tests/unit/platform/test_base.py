@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_drpo.config import PlatformName
+from megatron_drpo.config.schema import PlatformName
 from megatron_drpo.errors import PlatformError
 from megatron_drpo.platform.base import build_platform
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.jit import jit_fuser
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_drpo.config import Layers, PlatformName
+from megatron_drpo.config.schema import Layers, PlatformName
 from megatron_drpo.errors import PlatformError
 from megatron_drpo.platform import cpu, versions
 from megatron_drpo.platform.base import Platform, build_platform

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_drpo.config import Layers
+from megatron_drpo.config.schema import Layers
 from megatron_drpo.errors import PlatformError
 from megatron_drpo.platform import cuda, versions
 from megatron_drpo.platform.cuda import CudaPlatform, has_apex

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Config,
     DataConfig,
@@ -19,13 +19,13 @@ from megatron_drpo.config import (
     PolicyConfig,
     RolloutConfig,
 )
-from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.models.base import ArchitectureConfig
 from megatron_drpo.models.registry import get_family
 from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.parallel import ParallelState
 from megatron_drpo.types import MicroBatch, TrainSequence
+from megatron_drpo.weights.hf_folder import HfFolder
 
 if TYPE_CHECKING:
     from megatron_drpo.policy.model import PolicyModel
@@ -68,8 +68,8 @@ def build_model(
     policy_config: Callable[..., Config],
 ) -> Callable[..., PolicyModel]:
     """`build_model(name, **policy_fields)`: the bare model of one rank, weights loaded."""
-    from megatron_drpo.models.load import load_hf_weights
     from megatron_drpo.policy.model import build_model_chunks, build_transformer_config
+    from megatron_drpo.weights.load_hf import load_hf_weights
 
     def build(name: str, **fields: Any) -> PolicyModel:
         described = architecture(name)
@@ -94,7 +94,7 @@ def build_policy(cpu_platform: Platform, one_rank: ParallelState) -> Callable[[C
 def pack_all() -> Callable[[Policy, Sequence[TrainSequence]], list[MicroBatch]]:
     """One global batch of these sequences, packed as the policy's configuration says."""
 
-    from megatron_drpo.global_batch import iter_global_batches
+    from megatron_drpo.step.global_batch import iter_global_batches
 
     def pack(policy: Policy, sequences: Sequence[TrainSequence]) -> list[MicroBatch]:
         (micro_batches,) = iter_global_batches(policy.config, policy, list(sequences))

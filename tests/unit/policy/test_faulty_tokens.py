@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_drpo.config import Aggregation, AlgorithmConfig, Anchor, Config, LogprobMode, LossConfig
+from megatron_drpo.config.schema import Aggregation, AlgorithmConfig, Anchor, Config, LogprobMode, LossConfig
 from megatron_drpo.losses.registry import LOSSES
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.policy.policy import Policy, UpdateResult

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_drpo.config import (
+from megatron_drpo.batching.packing import to_device
+from megatron_drpo.config.schema import (
     AlgorithmConfig,
     Anchor,
     Config,
@@ -25,7 +26,6 @@ from megatron_drpo.losses.drpo import DrpoLoss
 from megatron_drpo.losses.objective import Objective, build_objective
 from megatron_drpo.losses.tokens import LossTokens
 from megatron_drpo.metrics.diagnostics import summarise
-from megatron_drpo.packing import to_device
 from megatron_drpo.policy.forward import (
     ForwardSettings,
     LogprobForward,
@@ -183,7 +183,7 @@ def test_loss_rows_are_cut_out_of_the_packed_fields(micro_batch: MicroBatch) -> 
 
 ON_THE_HOST = {
     "megatron_drpo/policy/schedule.py:<genexpr>",
-    "megatron_drpo/packing.py:to_device",
+    "megatron_drpo/batching/packing.py:to_device",
     "megatron_drpo/policy/forward.py:check_micro_batch_ids",
     "megatron_drpo/policy/logprobs.py:check_ids",
     "megatron_drpo/policy/logprobs.py:_check_is_one",

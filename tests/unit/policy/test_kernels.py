@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_drpo.config import LogprobBackend
+from megatron_drpo.config.schema import LogprobBackend
 from megatron_drpo.errors import PlatformError
 from megatron_drpo.policy.kernels import build_row_kernels, triton_rows
 from megatron_drpo.policy.kernels.torch_rows import TorchRows

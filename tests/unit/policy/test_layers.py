@@ -17,8 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_drpo.config import PlatformName
-from megatron_drpo.context_parallel import local_positions
+from megatron_drpo.batching.context_parallel import local_positions
+from megatron_drpo.config.schema import PlatformName
 from megatron_drpo.platform.base import Platform, build_platform
 from megatron_drpo.policy.layers import PackedAttention, RMSNorm
 

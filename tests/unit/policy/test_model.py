@@ -12,13 +12,11 @@ import transformers
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_drpo.config import Config, Dtype, Layers, ParallelConfig, Recompute
+from megatron_drpo.batching.packing import pack
+from megatron_drpo.config.schema import Config, Dtype, Layers, ParallelConfig, Recompute
 from megatron_drpo.errors import ConfigError
-from megatron_drpo.hf_io import HfFolder
 from megatron_drpo.models.base import ArchitectureConfig
-from megatron_drpo.models.export import HfExporter
 from megatron_drpo.models.registry import get_family
-from megatron_drpo.packing import pack
 from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.forward import run_model
 from megatron_drpo.policy.model import (
@@ -29,6 +27,8 @@ from megatron_drpo.policy.model import (
     wrap_data_parallel,
 )
 from megatron_drpo.types import TrainSequence
+from megatron_drpo.weights.export import HfExporter
+from megatron_drpo.weights.hf_folder import HfFolder
 
 MODELS = [
     "dense",

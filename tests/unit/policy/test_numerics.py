@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import Config, LogprobMode, Recompute
+from megatron_drpo.config.schema import Config, LogprobMode, Recompute
 from megatron_drpo.errors import NumericsError
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.policy.model import unwrap

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import AlgorithmConfig, Config, Dtype, KlConfig, LossConfig, PlatformName
-from megatron_drpo.global_batch import iter_global_batches
+from megatron_drpo.config.schema import AlgorithmConfig, Config, Dtype, KlConfig, LossConfig, PlatformName
 from megatron_drpo.metrics.timing import StepTimer
 from megatron_drpo.platform.base import build_platform
 from megatron_drpo.policy.offload import MemoryPart
 from megatron_drpo.policy.parallel import initialise_parallel
 from megatron_drpo.policy.policy import Policy, UpdateResult
+from megatron_drpo.step.global_batch import iter_global_batches
 from megatron_drpo.types import MicroBatch, TrainSequence
 
 PackAll = Callable[[Policy, Sequence[TrainSequence]], list[MicroBatch]]

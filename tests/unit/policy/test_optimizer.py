@@ -13,7 +13,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_drpo.config import Config, Dtype, OptimizerConfig, Schedule
+from megatron_drpo.config.schema import Config, Dtype, OptimizerConfig, Schedule
 from megatron_drpo.policy.optimizer import (
     compute_learning_rate,
     distributed_optimizers,

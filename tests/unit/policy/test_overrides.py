@@ -7,7 +7,7 @@ import math
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_drpo.limits import shown
+from megatron_drpo.config.limits import shown
 from megatron_drpo.policy.overrides import check_megatron_overrides, convert_overrides
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import ParallelConfig, PlatformName
+from megatron_drpo.config.schema import ParallelConfig, PlatformName
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.models.base import ArchitectureConfig, MoeConfig
 from megatron_drpo.platform.base import build_platform

@@ -12,16 +12,16 @@ import torch
 import transformers
 from megatron.core import dist_checkpointing
 
-from megatron_drpo.config import Anchor, Config, KlConfig, OptimizerConfig, ParallelConfig, Recompute
-from megatron_drpo.hf_io import HfFolder
+from megatron_drpo.batching.packing import dummy_micro_batch, unpack
+from megatron_drpo.config.schema import Anchor, Config, KlConfig, OptimizerConfig, ParallelConfig, Recompute
 from megatron_drpo.losses.aggregation import count_loss
 from megatron_drpo.metrics.diagnostics import summarise
 from megatron_drpo.metrics.timing import StepTimer
-from megatron_drpo.packing import dummy_micro_batch, unpack
 from megatron_drpo.platform.base import Platform
 from megatron_drpo.policy.model import unwrap
 from megatron_drpo.policy.policy import Policy, UpdateResult
 from megatron_drpo.types import MicroBatch, TrainSequence
+from megatron_drpo.weights.hf_folder import HfFolder
 
 BuildPolicy = Callable[[Config], Policy]
 MakeSequences = Callable[..., list[TrainSequence]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import Config
+from megatron_drpo.config.schema import Config
 from megatron_drpo.policy import schedule
 from megatron_drpo.policy.policy import Policy
 from megatron_drpo.policy.schedule import finalize_gradients, run_schedule

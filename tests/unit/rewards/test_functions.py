@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_drpo.config import RewardConfig
+from megatron_drpo.config.schema import RewardConfig
 from megatron_drpo.errors import ConfigError
 from megatron_drpo.rewards.exact import exact_match
 from megatron_drpo.rewards.functions import (

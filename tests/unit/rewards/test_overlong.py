@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_drpo.config import Overlong, RewardConfig
+from megatron_drpo.config.schema import Overlong, RewardConfig
 from megatron_drpo.rewards.overlong import compute_overlong, soft_penalty
 from megatron_drpo.types import FinishReason, Rollout
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_drpo.config import OnRewardError, RewardConfig
+from megatron_drpo.config.schema import OnRewardError, RewardConfig
 from megatron_drpo.errors import RewardError
 from megatron_drpo.rewards import pool as pool_module
 from megatron_drpo.rewards.pool import RewardPool, find_answer_problems, group_by_shape
@@ -207,7 +207,7 @@ def test_workers_die_with_a_killed_parent_and_do_not_import_its_main_module(tmp_
     )
     (tmp_path / "main.py").write_text(
         "import time\n"
-        "from megatron_drpo.config import RewardConfig\n"
+        "from megatron_drpo.config.schema import RewardConfig\n"
         "from megatron_drpo.rewards.pool import RewardPool\n"
         "from megatron_drpo.types import FinishReason, Prompt, Rollout\n"
         "if __name__ != '__main__':\n"

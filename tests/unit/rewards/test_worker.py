@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron_drpo.config.user_code import Failure
 from megatron_drpo.rewards import worker
 from megatron_drpo.types import Rollout
-from megatron_drpo.user_code import Failure
 
 MODULE = """
 import decimal, fractions, numpy, torch

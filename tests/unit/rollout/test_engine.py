@@ -19,13 +19,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.batching.sequences import build_sequences
+from megatron_drpo.config.schema import RolloutConfig
+from megatron_drpo.embedded_server.runner import load_model
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.completion import Completion
-from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan, wait_until_ready
 from megatron_drpo.rollout.sample import Sample
-from megatron_drpo.sequences import build_sequences
 from megatron_drpo.types import FinishReason, Prompt, Rollout, RolloutGroup
 
 Serve = Callable[..., str]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.config.schema import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.engine import RolloutEngine, SamplingPlan, wait_until_ready
 from megatron_drpo.types import Prompt

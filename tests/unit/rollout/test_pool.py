@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_drpo.config import FleetConfig, RolloutConfig
+from megatron_drpo.config.schema import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.client import SGLangClient
 from megatron_drpo.rollout.pool import ServerLostError, ServerPool

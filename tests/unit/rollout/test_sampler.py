@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_drpo.config import RolloutConfig
+from megatron_drpo.config.schema import RolloutConfig
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.rollout.client import SampleRequest, SGLangClient
 from megatron_drpo.rollout.http_errors import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_drpo.config import RolloutConfig, RolloutEngineName, WeightSyncConfig
+from megatron_drpo.config.schema import RolloutConfig, RolloutEngineName, WeightSyncConfig
 from megatron_drpo.rollout.time_limits import reload_limit_s, startup_limit_s, weights_bytes
 
 QWEN3_30B_BYTES = 61_064_245_248

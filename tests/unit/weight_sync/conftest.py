@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_drpo.rollout.embedded.server import EmbeddedServer
+from megatron_drpo.embedded_server.server import EmbeddedServer
 from megatron_drpo.weight_sync.wire import decode_bucket
 from tests.nccl_like import NcclLike, Options
 

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_drpo.config import FleetConfig, RolloutConfig
+from megatron_drpo.config.schema import FleetConfig, RolloutConfig
 from megatron_drpo.errors import RolloutError, WeightSyncError
-from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus, yield_file
+from megatron_drpo.fleet.state import FleetState, ServerState, ServerStatus, yield_file
 from megatron_drpo.weight_sync.control import FleetControl
-from megatron_drpo.weight_sync.memory import ServerMemory
 from megatron_drpo.weight_sync.path import Absence
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher
+from megatron_drpo.weight_sync.server_memory import ServerMemory
 
 
 class Pusher:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.config.schema import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.weight_sync import group as group_module
 from megatron_drpo.weight_sync import nccl_version
 from megatron_drpo.weight_sync import push as push_module

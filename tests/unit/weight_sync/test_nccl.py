@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     PlatformName,
@@ -20,8 +20,8 @@ from megatron_drpo.config import (
     WeightSyncConfig,
     WeightSyncPath,
 )
-from megatron_drpo.rollout.weight_client import ServerInfo, WeightClient
 from megatron_drpo.weight_sync import nccl, nccl_version
+from megatron_drpo.weight_sync.client import ServerInfo, WeightClient
 from megatron_drpo.weight_sync.nccl import Nccl, check_nccl, explain, find_other, find_unlike
 from megatron_drpo.weight_sync.path import Server
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_drpo.errors import RolloutError, WeightSyncError
 from megatron_drpo.rollout.http_errors import NotDoneError, ServerFailureError, UnreachableError
-from megatron_drpo.rollout.weight_client import ServerInfo, WeightClient
+from megatron_drpo.weight_sync.client import ServerInfo, WeightClient
 from megatron_drpo.weight_sync.path import Absence, Server, attempt
 
 

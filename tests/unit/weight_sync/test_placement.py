@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_drpo.config import (
+from megatron_drpo.config.io import load_config
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     FleetConfig,
@@ -27,8 +28,7 @@ from megatron_drpo.config import (
     WeightSyncConfig,
     WeightSyncPath,
 )
-from megatron_drpo.config_io import load_config
-from megatron_drpo.rollout.fleet_state import FleetState, ServerState, ServerStatus
+from megatron_drpo.fleet.state import FleetState, ServerState, ServerStatus
 from megatron_drpo.weight_sync.placement import (
     check_path,
     choose_path,

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.config.schema import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.embedded_server.runner import load_model
 from megatron_drpo.rollout.client import SGLangClient
-from megatron_drpo.rollout.embedded.runner import load_model
 from megatron_drpo.weight_sync import tensor_path
 from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.push import PushReport, WeightPusher

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     PolicyConfig,
@@ -23,10 +23,10 @@ from megatron_drpo.config import (
     WeightSyncConfig,
     WeightSyncPath,
 )
-from megatron_drpo.fp8 import BLOCK
-from megatron_drpo.rollout.embedded.server import EmbeddedServer
+from megatron_drpo.embedded_server.server import EmbeddedServer
 from megatron_drpo.weight_sync.push import WeightPusher
 from megatron_drpo.weight_sync.quantised import check_quantisation
+from megatron_drpo.weights.fp8 import BLOCK
 
 Tensors = dict[str, torch.Tensor]
 StandIn = Any

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_drpo.config import (
+from megatron_drpo.config.schema import (
     Config,
     DataConfig,
     Mode,

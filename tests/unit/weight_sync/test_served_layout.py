@@ -17,10 +17,10 @@ import torch
 from torch.nn.functional import pad
 
 from megatron_drpo.errors import WeightSyncError
-from megatron_drpo.hf_io import HfFolder
-from megatron_drpo.rollout.weight_client import ServerInfo
+from megatron_drpo.weight_sync.client import ServerInfo
 from megatron_drpo.weight_sync.gpu_hash import GpuDigest
 from megatron_drpo.weight_sync.served_layout import Layout, compute_served_checksums, known_layout
+from megatron_drpo.weights.hf_folder import HfFolder
 
 
 def sha(tensor: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.config import WeightSyncConfig, WeightSyncPath
+from megatron_drpo.config.schema import WeightSyncConfig, WeightSyncPath
 from megatron_drpo.weight_sync.bucket import Bucket
 from megatron_drpo.weight_sync.path import Failures, Server
 from megatron_drpo.weight_sync.push import WeightPusher

@@ -75,6 +75,7 @@ def test_a_fused_gradient_is_added_to_main_grad_alone(dtype: torch.dtype) -> Non
 
 def test_a_frozen_weight_gets_no_gradient() -> None:
     layer = Linear(IN, OUT, bias=False, fuse_wgrad_accumulation=True)
+    set_values(layer)
     layer.weight.requires_grad_(False)
     x = values(TOKENS, IN).requires_grad_()
     layer(x).sum().backward()

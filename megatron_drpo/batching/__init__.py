@@ -1,0 +1,1 @@
+"""From sequences to packed micro-batches, split over context ranks."""

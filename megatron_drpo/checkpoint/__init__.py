@@ -1,0 +1,1 @@
+"""A run's own checkpoints: written, hashed, found again and read back."""

@@ -1,0 +1,1 @@
+"""From the command line to the ranks: settings are settled and checked, then processes are started."""
