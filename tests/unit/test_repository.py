@@ -22,7 +22,7 @@ MAX_FUNCTION_LINES = 60
 
 LONG_MODULES = {
     "megatron_drpo/config/schema.py": "every knob in one file",
-    "tests/unit/step/test_experience_source.py": "the stand-ins for engine and rewards are read beside their tests",
+    "tests/unit/step/test_experience_source.py": "stand-ins of engine and rewards, beside their tests",
 }
 """Path -> why it may be longer."""
 
